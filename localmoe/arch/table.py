@@ -1,0 +1,26 @@
+"""Which module runs which architecture: a plain dict, filled by name so that only the family in use is imported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from localmoe.errors import UnsupportedError
+
+# general.architecture -> module of this package; a test holds it equal to the modules' MODEL_TYPES.
+FAMILIES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "deepseek2": "deepseek2",
+}
+
+
+def family(architecture: str, origin: str) -> ModuleType:
+    """The module with MODEL_TYPES, Config, load and forward. Raises UnsupportedError for any other architecture."""
+    if architecture not in FAMILIES:
+        raise UnsupportedError(f"{origin}: architecture {architecture!r} is not supported; these are: {', '.join(sorted(FAMILIES))}")
+    return import_module(f"localmoe.arch.{FAMILIES[architecture]}")

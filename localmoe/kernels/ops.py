@@ -1,0 +1,189 @@
+"""The op contract: what every device must compute. Calling an op records it into a Program; the numpy twin is in `reference`.
+
+Rules for all: arrays are float32 unless said; a dot product accumulates in float32 or better; weights of any block format count as
+their dequantised values; a device may quantise the *input* of `linear`, `head_linear` and `experts` to 8 bits when the weight is
+quantised, never when it is F32, F16 or BF16, and never for a router. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from localmoe.formats import Weight
+from localmoe.kernels.program import (
+    CacheLayer,
+    Op,
+    Program,
+    RopeTable,
+    Router,
+    Temperature,
+    Tensor,
+    contiguous,
+)
+
+GLU_KINDS = ("silu", "sigmoid")
+SCORES = ("softmax", "sigmoid")
+
+
+class Cache:
+    """The KV cache while tracing: what is appended to a layer fixes its layout."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self.layers: list[CacheLayer] = []
+
+    def append(self, key: Tensor, value: Tensor | None = None, *, value_prefix: int = 0) -> CacheLayer:
+        """Write this step's keys (T, K, dk) and values (T, K, dv) behind those of earlier steps, as the next layer.
+
+        Without `value`, the first `value_prefix` elements of a key are its value (absorbed MLA: one latent serves as both).
+        """
+        self._ops.check(value is None or value.shape[:2] == key.shape[:2], "cache_append", "keys and values differ", key, value)
+        width = None if value is None else value.shape[2]
+        layer = CacheLayer(len(self.layers), key.shape[1], key.shape[2], width, value_prefix)
+        self.layers.append(layer)
+        self._ops.record("cache_append", (key,) if value is None else (key, value), (), cache=layer)
+        return layer
+
+
+class Ops:
+    """Records the ops that a family's `forward` calls, with their shapes checked."""
+
+    def __init__(self, tokens: int, *, all_rows: bool = False) -> None:
+        """Trace for steps of up to `tokens` tokens; `all_rows` keeps the logits of every row, not of the last alone."""
+        self.tokens = tokens
+        self.all_rows = all_rows
+        self._ops: list[Op] = []
+        self._buffers: list[Tensor] = []
+        self.cache = Cache(self)
+        self.input = self.new((tokens,), "i32")
+
+    def embed(self, weight: Weight, tokens: Tensor) -> Tensor:
+        """Rows of the embedding (V, D) for token ids (T,) -> (T, D)."""
+        return self.record("embed", (tokens,), (self.new((self.tokens, weight.columns)),), (weight,))[0]
+
+    def rms_norm(self, x: Tensor, weight: Weight | None, epsilon: float) -> Tensor:
+        """x / sqrt(mean(x²) + ε) · weight over the last axis (a row, or each head) -> shape of x. Zhang & Sennrich 2019."""
+        self.check(weight is None or weight.shape == x.shape[-1:], "rms_norm", "width", x, weight)
+        return self.record("rms_norm", (x,), (self.new(x.shape),), (weight,) if weight else (), epsilon=epsilon)[0]
+
+    def linear(self, x: Tensor, weight: Weight, bias: Weight | None = None, *, exact: bool = False) -> Tensor:
+        """x (T, K) times weight (N, K) transposed, plus bias (N,) -> (T, N)."""
+        return self.linears(x, (weight,), (bias,), exact=exact)[0]
+
+    def linears(
+        self, x: Tensor, weights: Sequence[Weight], biases: Sequence[Weight | None] = (), *, exact: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Several `linear` of one input, which a device quantises once. `exact`: the input stays float32 (routers)."""
+        for w in weights:
+            self.check(w.shape[1:] == x.shape[1:], "linear", "contraction width", x, w)
+        kept = tuple(biases) or (None,) * len(weights)
+        outputs = tuple(self.new((x.shape[0], w.rows)) for w in weights)
+        present = tuple(b for b in kept if b is not None)
+        flags = tuple(b is not None for b in kept)
+        return self.record("linear", (x,), outputs, (*weights, *present), biased=flags, exact=exact)
+
+    def head_linear(self, x: Tensor, weight: Weight, *, transposed: bool = False) -> Tensor:
+        """x (T, H, a) times each head's matrix (H, b, a), or its transpose (H, a, b) -> (T, H, b): MLA's absorption."""
+        width, out = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
+        self.check((weight.shape[0], width) == x.shape[1:], "head_linear", "heads and width", x, weight)
+        result = self.new((x.shape[0], x.shape[1], out))
+        return self.record("head_linear", (x,), (result,), (weight,), transposed=transposed)[0]
+
+    def rope(self, x: Tensor, table: RopeTable) -> Tensor:
+        """Turn the leading elements of each head of (T, H, d) by the token's position; the rest is copied."""
+        self.check(2 * table.inverse_frequencies.size <= x.shape[-1], "rope", "head width", x)
+        return self.record("rope", (x,), (self.new(x.shape),), table=table)[0]
+
+    def concat(self, a: Tensor, b: Tensor) -> Tensor:
+        """(T, H, a) beside (T, H, b) -> (T, H, a + b)."""
+        self.check(a.shape[:-1] == b.shape[:-1], "concat", "leading axes", a, b)
+        return self.record("concat", (a, b), (self.new((*a.shape[:-1], a.shape[-1] + b.shape[-1])),))[0]
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: CacheLayer,
+        *,
+        scale: float,
+        window: int = 0,
+        temperature: Temperature | None = None,
+    ) -> Tensor:
+        """Causal softmax attention of q (T, H, dk) over everything in the cache layer, this step included -> (T, H, dv).
+
+        Head h reads kv-head h // (H / K). `window` > 0: a query sees its last `window` positions only, itself included.
+        """
+        self.check(q.shape[1] % cache.heads == 0 and q.shape[2] == cache.key_width, "attention", "heads or width", q)
+        out = self.new((q.shape[0], q.shape[1], cache.value_width or cache.value_prefix))
+        extra = {"cache": cache, "scale": scale, "window": window, "temperature": temperature}
+        return self.record("attention", (q,), (out,), **extra)[0]
+
+    def glu(self, gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
+        """act(gate) · up -> shape of up; a gate of width 1 is spread over the row. Shazeer 2020."""
+        self.check(kind in GLU_KINDS and gate.shape in (up.shape, (up.shape[0], 1)), "glu", kind, gate, up)
+        return self.record("glu", (gate, up), (self.new(up.shape),), kind=kind)[0]
+
+    def route(self, logits: Tensor, router: Router, bias: Weight | None = None) -> tuple[Tensor, Tensor]:
+        """Router logits (T, E) -> ids (T, k) of int32 and shares (T, k), best first; ties go to the lower id.
+
+        scores = softmax or sigmoid of the logits. The choice is made on scores + bias: with groups > 1 only experts of the best
+        `groups_used` groups stand (a group's score is its largest, "max", or the sum of its two largest, "top2"; the others are
+        -inf). Shares are the *unbiased* scores of the chosen, divided by their sum if `normalise`, times `scale`.
+        """
+        self.check(router.score in SCORES and logits.shape[1] % router.groups == 0, "route", router.score, logits)
+        ids, shares = self.new((logits.shape[0], router.used), "i32"), self.new((logits.shape[0], router.used))
+        self.record("route", (logits,), (ids, shares), (bias,) if bias else (), router=router)
+        return ids, shares
+
+    def experts(
+        self, x: Tensor, ids: Tensor, shares: Tensor, gate: Weight, up: Weight, down: Weight, kind: str = "silu"
+    ) -> Tensor:
+        """Σ over the chosen experts of share · down(act(gate x) · up x): x (T, D), gate and up (E, F, D), down (E, D, F) -> (T, D).
+
+        The sum runs in the order of the ids' columns. One op: residency, grouping and fusion stay below this line.
+        """
+        expected = (down.shape[0], down.shape[2], down.shape[1])
+        self.check(gate.shape == up.shape == expected and gate.columns == x.shape[1], "experts", "shapes", x, gate)
+        return self.record("experts", (x, ids, shares), (self.new(x.shape),), (gate, up, down), kind=kind)[0]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b, same shapes."""
+        self.check(a.shape == b.shape, "add", "shapes differ", a, b)
+        return self.record("add", (a, b), (self.new(a.shape),))[0]
+
+    def logit_rows(self, x: Tensor) -> Tensor:
+        """(T, D) -> the rows whose logits are wanted: the step's last token (1, D), or all of them when scoring."""
+        if self.all_rows or self.tokens == 1:
+            return x
+        return self.record("last_row", (x,), (self.new((1, x.shape[1])),))[0]
+
+    def finish(self, output: Tensor) -> Program:
+        """The recorded Program, whose result is `output` (rows, V)."""
+        return Program(self.tokens, tuple(self._ops), self.input, output, tuple(self._buffers), tuple(self.cache.layers))
+
+    def new(self, shape: tuple[int, ...], dtype: str = "f32") -> Tensor:
+        tensor = Tensor(len(self._buffers), shape, contiguous(shape), 0, dtype)
+        self._buffers.append(tensor)
+        return tensor
+
+    def record(
+        self,
+        name: str,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+        weights: tuple[Weight, ...] = (),
+        **attributes: Any,
+    ) -> tuple[Tensor, ...]:
+        self._ops.append(Op(name, inputs, outputs, weights, attributes))
+        return outputs
+
+    def check(self, sound: bool, op: str, what: str, *operands: Tensor | Weight | None) -> None:
+        """A mismatch here is a mistake in an architecture file, not in a user's model: weights were checked when loaded."""
+        if not sound:
+            raise ValueError(f"{op}: {what}: {[o.shape for o in operands if o is not None]}")
+
+
+def trace(forward: Callable[[Ops], Tensor], tokens: int, *, all_rows: bool = False) -> Program:
+    """Run a forward pass once with recording ops: `forward(ops)` returns the logits tensor."""
+    ops = Ops(tokens, all_rows=all_rows)
+    return ops.finish(forward(ops))

@@ -1,0 +1,168 @@
+"""The Program: what a forward pass does, as a flat list of op records over named buffers; holds no numbers and runs nothing.
+
+Letters: T tokens, D hidden, H heads, K kv-heads, d head width, E experts, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.formats import Weight
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tensor:
+    """A handle to a buffer, or to a regular part of one: no numbers, no arithmetic.
+
+    `strides` are in elements, one per axis, the last always 1; `offset` is where the view begins. Axis 0 is T, the tokens of the step.
+    """
+
+    buffer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+    dtype: str = "f32"
+
+    def heads(self, count: int) -> Tensor:
+        """(T, H·d) seen as (T, H, d)."""
+        width = self.shape[-1] // count
+        if len(self.shape) != 2 or width * count != self.shape[-1]:
+            raise ValueError(f"{self.shape} has no {count} equal heads")
+        return Tensor(self.buffer, (self.shape[0], count, width), (self.strides[0], width, 1), self.offset, self.dtype)
+
+    def flat(self) -> Tensor:
+        """(T, H, d) seen as (T, H·d); the heads must lie side by side."""
+        tokens, heads, width = self.shape
+        if self.strides[1] != width:
+            raise ValueError("the heads of a sliced tensor do not lie side by side")
+        return Tensor(self.buffer, (tokens, heads * width), (self.strides[0], 1), self.offset, self.dtype)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Elements start:stop of the last axis, as a view."""
+        if not 0 <= start < stop <= self.shape[-1]:
+            raise ValueError(f"columns {start}:{stop} of {self.shape}")
+        return Tensor(self.buffer, (*self.shape[:-1], stop - start), self.strides, self.offset + start, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """Where one layer's keys and values stand: per kv-head rows of `key_width`; value_width None means V is the first
+    `value_prefix` elements of K (absorbed MLA)."""
+
+    index: int
+    heads: int
+    key_width: int
+    value_width: int | None
+    value_prefix: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements kept per token."""
+        return self.heads * (self.key_width + (self.value_width or 0))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RopeTable:
+    """Rotary embedding (Su et al. 2021): angle = position · inverse_frequencies, cos and sin times `amplitude`.
+
+    `layout` says which elements form a pair: "pairs" (2i, 2i+1) or "halves" (i, i + n). The first 2 · n elements of a head turn.
+    """
+
+    inverse_frequencies: Floats
+    layout: str
+    amplitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """Llama-4 query scaling: q · (1 + scale · ln(1 + floor(position / length)))."""
+
+    scale: float
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """How experts are chosen from the router's logits; see `Ops.route`."""
+
+    score: str
+    used: int
+    normalise: bool
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    group_score: str = "max"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Op:
+    """One step of a Program; `attributes` are exactly the keyword arguments of the op's contract in `ops.Ops`."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Weight, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def weight_nbytes(self, tokens: int) -> int:
+        """Bytes of weights that a step of `tokens` tokens has to read (experts: as many as the tokens can choose)."""
+        if self.name == "embed":
+            return tokens * self.weights[0].row_nbytes
+        if self.name == "experts":
+            chosen = min(self.weights[0].shape[0], tokens * self.inputs[1].shape[1])
+            return sum(w.nbytes * chosen // w.shape[0] for w in self.weights)
+        return sum(w.nbytes for w in self.weights)
+
+    def flops(self, tokens: int, context: int) -> int:
+        """Multiplications and additions of a step of `tokens` tokens that sees `context` cached tokens."""
+        if self.name == "attention":
+            layer: CacheLayer = self.attributes["cache"]
+            values = layer.value_width or layer.value_prefix
+            return 2 * tokens * context * self.inputs[0].shape[1] * (layer.key_width + values)
+        if self.name == "experts":
+            return 2 * tokens * self.inputs[1].shape[1] * sum(w.elements // w.shape[0] for w in self.weights)
+        if self.name in ("linear", "head_linear"):
+            return 2 * tokens * sum(w.elements for w in self.weights if len(w.shape) > 1)
+        return 0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Program:
+    """A traced forward pass for steps of up to `tokens` tokens: `output` holds logits, (rows, V)."""
+
+    tokens: int
+    ops: tuple[Op, ...]
+    input: Tensor
+    output: Tensor
+    buffers: tuple[Tensor, ...]
+    cache: tuple[CacheLayer, ...]
+
+    def weight_nbytes(self, tokens: int = 1) -> int:
+        """Bytes of weights one step reads, each once."""
+        return sum(op.weight_nbytes(tokens) for op in self.ops)
+
+    def flops(self, tokens: int = 1, context: int = 0) -> int:
+        return sum(op.flops(tokens, context) for op in self.ops)
+
+    def cache_elements(self) -> int:
+        """Elements the cache keeps per token, all layers together."""
+        return sum(layer.elements for layer in self.cache)
+
+    def last_uses(self) -> dict[int, int]:
+        """Buffer -> index of the last op that reads or writes it (the output lives to the end)."""
+        last = {t.buffer: i for i, op in enumerate(self.ops) for t in (*op.inputs, *op.outputs)}
+        last[self.output.buffer] = len(self.ops)
+        return last
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major array of `shape`."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -1,0 +1,236 @@
+"""The reference device: the Program interpreted in numpy, slow and obviously right; the oracle of every kernel test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.errors import UnsupportedError
+from localmoe.formats import Bytes, Format, Weight
+from localmoe.kernels.program import CacheLayer, Floats, Op, Program, RopeTable, Router, Tensor
+
+Array = npt.NDArray[np.generic]
+
+
+def dequantise(data: Bytes, format: Format) -> Floats:
+    """Blocks -> float32 values, by the `gguf` package (which follows ggml's dequantize_row functions)."""
+    if format.name == "F32":
+        return data.view(np.float32)
+    if format.name == "F16":
+        return data.view(np.float16).astype(np.float32)
+    from gguf import GGMLQuantizationType, quants
+
+    try:
+        return quants.dequantize(data, GGMLQuantizationType(format.id)).reshape(-1).astype(np.float32)
+    except (NotImplementedError, ValueError, KeyError) as error:
+        raise UnsupportedError(f"the reference device cannot dequantise {format.name} blocks") from error
+
+
+def values(weight: Weight) -> Floats:
+    """All values of a weight, in its shape."""
+    return np.concatenate([dequantise(s, weight.format) for s in weight.slabs]).reshape(weight.shape)
+
+
+def matrix(weight: Weight, index: int = 0) -> Floats:
+    """One matrix of a weight, (rows, columns)."""
+    return dequantise(weight.slabs[index], weight.format).reshape(weight.rows, weight.columns)
+
+
+class ReferenceDevice:
+    """Keeps the KV cache as float32 (or rounded through float16) numpy arrays of (K, S, d)."""
+
+    name = "reference"
+
+    def __init__(self, context: int, kv_format: str = "f32") -> None:
+        self.context = context
+        self.kv_type = np.float16 if kv_format == "f16" else np.float32
+        self.caches: dict[int, tuple[Array, Array | None]] = {}
+
+    def compile(self, program: Program) -> ReferencePlan:
+        for layer in program.cache:
+            if layer.index not in self.caches:
+                keys = np.zeros((layer.heads, self.context, layer.key_width), self.kv_type)
+                width = layer.value_width
+                self.caches[layer.index] = (keys, np.zeros((layer.heads, self.context, width), self.kv_type) if width else None)
+        return ReferencePlan(self, program)
+
+    def close(self) -> None:
+        self.caches.clear()
+
+
+class ReferencePlan:
+    """Runs a Program op by op; `watch`, if set, sees every op with its input and output arrays."""
+
+    def __init__(self, device: ReferenceDevice, program: Program) -> None:
+        self.device = device
+        self.program = program
+        self.watch: Callable[[Op, list[Array], list[Array]], None] | None = None
+
+    def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
+        """Token ids (T,) at cache positions position… -> logits (rows, V)."""
+        store = {b.buffer: _poisoned(b, tokens.size) for b in self.program.buffers}
+        _view(store, self.program.input, tokens.size)[...] = tokens
+        for op in self.program.ops:
+            inputs = [_view(store, t, tokens.size) for t in op.inputs]
+            results = _TWINS[op.name](self.device, op, inputs, position)
+            for tensor, result in zip(op.outputs, results, strict=True):
+                _view(store, tensor, tokens.size)[...] = result
+            if self.watch:
+                self.watch(op, inputs, [np.asarray(r) for r in results])
+        out = _view(store, self.program.output, tokens.size)
+        return np.array(out, np.float32)
+
+
+def _poisoned(tensor: Tensor, tokens: int) -> Array:
+    """A whole buffer for a step of `tokens` tokens (one of a single row keeps it), filled so that an unwritten part shows."""
+    size = min(tensor.shape[0], tokens) * prod(tensor.shape[1:])
+    return np.full(size, np.nan, np.float32) if tensor.dtype == "f32" else np.full(size, -1, np.int32)
+
+
+def _view(store: dict[int, Array], tensor: Tensor, tokens: int) -> Array:
+    flat = store[tensor.buffer][tensor.offset :]
+    shape = (min(tensor.shape[0], tokens), *tensor.shape[1:])
+    return np.lib.stride_tricks.as_strided(flat, shape, tuple(s * flat.itemsize for s in tensor.strides))
+
+
+def embed(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    (weight,) = op.weights
+    row = weight.row_nbytes
+    return [np.stack([dequantise(weight.slabs[0][t * row : (t + 1) * row], weight.format) for t in inputs[0]])]
+
+
+def rms_norm(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    x = inputs[0].astype(np.float32)
+    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(op.attributes["epsilon"]))
+    return [y * values(op.weights[0]) if op.weights else y]
+
+
+def linear(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    flags: tuple[bool, ...] = op.attributes["biased"]
+    biases = iter(op.weights[len(flags) :])
+    results: list[Array] = []
+    for weight, biased in zip(op.weights, flags, strict=False):
+        y = inputs[0] @ matrix(weight).T
+        results.append(y + values(next(biases)) if biased else y)
+    return results
+
+
+def head_linear(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    weight = values(op.weights[0])
+    return [np.einsum("tha,hab->thb" if op.attributes["transposed"] else "tha,hba->thb", inputs[0], weight)]
+
+
+def rope_angles(table: RopeTable, position: int, tokens: int) -> tuple[Floats, Floats]:
+    """cos and sin, (T, n) each, in float32 as transformers computes them."""
+    angles = np.arange(position, position + tokens, dtype=np.float32)[:, None] * table.inverse_frequencies
+    return np.cos(angles) * np.float32(table.amplitude), np.sin(angles) * np.float32(table.amplitude)
+
+
+def rope(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    table: RopeTable = op.attributes["table"]
+    x, n = np.array(inputs[0], np.float32), table.inverse_frequencies.size
+    cos, sin = (a[:, None, :] for a in rope_angles(table, position, x.shape[0]))
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if table.layout == "pairs" else (slice(0, n), slice(n, 2 * n))
+    a, b = x[..., first].copy(), x[..., second].copy()
+    x[..., first], x[..., second] = a * cos - b * sin, b * cos + a * sin
+    return [x]
+
+
+def concat(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [np.concatenate(inputs, axis=-1)]
+
+
+def cache_append(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    layer: CacheLayer = op.attributes["cache"]
+    for cache, rows in zip(device.caches[layer.index], inputs, strict=False):
+        assert cache is not None
+        cache[:, position : position + rows.shape[0]] = rows.transpose(1, 0, 2)
+    return []
+
+
+def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    layer: CacheLayer = op.attributes["cache"]
+    q = inputs[0].astype(np.float32)  # (T, H, dk)
+    tokens, end = q.shape[0], position + q.shape[0]
+    keys, stored = device.caches[layer.index]
+    k = keys[:, :end].astype(np.float32)
+    v = k[:, :, : layer.value_prefix] if stored is None else stored[:, :end].astype(np.float32)
+    at = np.arange(position, end)
+    if temperature := op.attributes["temperature"]:
+        q = q * (1 + temperature.scale * np.log1p(at // temperature.length)).astype(np.float32)[:, None, None]
+    shared = q.reshape(tokens, layer.heads, -1, layer.key_width)
+    scores = np.einsum("tkgd,ksd->kgts", shared, k) * np.float32(op.attributes["scale"])
+    seen = np.arange(end)[None, :] <= at[:, None]
+    if window := op.attributes["window"]:
+        seen &= np.arange(end)[None, :] > at[:, None] - window
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return [np.einsum("kgts,ksd->tkgd", weights, v).reshape(tokens, q.shape[1], -1)]
+
+
+def activate(kind: str, x: Array) -> Array:
+    """silu(x) = x · sigmoid(x), or sigmoid(x)."""
+    with np.errstate(over="ignore"):
+        sigmoid = 1 / (1 + np.exp(-x.astype(np.float32)))
+    return np.asarray(x * sigmoid if kind == "silu" else sigmoid)
+
+
+def glu(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [activate(op.attributes["kind"], inputs[0]) * inputs[1]]
+
+
+def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDArray[np.int32], Floats]:
+    """`Ops.route` on arrays: logits (T, E) -> ids (T, k), shares (T, k)."""
+    if router.score == "softmax":
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    else:
+        scores = activate("sigmoid", logits)
+    standing = scores if bias is None else scores + bias
+    if router.groups > 1:
+        by_group = standing.reshape(len(logits), router.groups, -1)
+        best = np.sort(by_group, axis=2)[:, :, ::-1]
+        strength = best[:, :, 0] if router.group_score == "max" else best[:, :, :2].sum(axis=2)
+        kept = np.argsort(-strength, axis=1, kind="stable")[:, : router.groups_used]
+        mask = np.full(strength.shape, -np.inf, np.float32)
+        np.put_along_axis(mask, kept, 0, axis=1)
+        standing = (by_group + mask[:, :, None]).reshape(logits.shape)
+    ids = np.argsort(-standing, axis=1, kind="stable")[:, : router.used]
+    shares = np.take_along_axis(scores, ids, axis=1)
+    if router.normalise:
+        shares = shares / (shares.sum(axis=1, keepdims=True) + np.float32(1e-20))
+    return ids.astype(np.int32), (shares * np.float32(router.scale)).astype(np.float32)
+
+
+def route(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    bias = values(op.weights[0]) if op.weights else None
+    return list(choose(op.attributes["router"], inputs[0].astype(np.float32), bias))
+
+
+def experts(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    x, ids, shares = inputs
+    gate, up, down = op.weights
+    out = np.zeros_like(x)
+    for e in np.unique(ids):
+        rows, columns = np.nonzero(ids == e)
+        hidden = activate(op.attributes["kind"], x[rows] @ matrix(gate, e).T) * (x[rows] @ matrix(up, e).T)
+        out[rows] += shares[rows, columns, None] * (hidden @ matrix(down, e).T)
+    return [out]
+
+
+def add(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [inputs[0] + inputs[1]]
+
+
+def last_row(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [inputs[0][-1:]]
+
+
+_TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]] = {
+    f.__name__: f
+    for f in (embed, rms_norm, linear, head_linear, rope, concat, cache_append, attention, glu, route, experts, add, last_row)
+}

@@ -1,0 +1,142 @@
+"""Typed reading of GGUF metadata for one architecture; remembers what was read, must not know what the values mean."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from localmoe.errors import FileFormatError, UnsupportedError
+from localmoe.loader.source import listed, shown
+
+INT_LIMIT = 1 << 31
+
+# Keys that may stay unread: they say nothing about the computation, or only what every tensor's shape says again.
+HARMLESS = frozenset(
+    {
+        "vocab_size", "context_length", "embedding_length", "feed_forward_length", "expert_feed_forward_length",
+        "expert_shared_feed_forward_length", "expert_shared_count", "tensor_data_layout", "rope.scaling.finetuned",
+        "pooling_type", "classifier.output_labels",
+    }
+)  # fmt: skip
+
+
+class Metadata:
+    """The keys of one file. `key` is relative to the architecture: "block_count" reads "llama.block_count".
+
+    Every reader raises FileFormatError naming the key when it is missing (and no default is given), of another type or out of
+    range.
+    """
+
+    def __init__(self, values: Mapping[str, Any], origin: str) -> None:
+        self.values, self.origin = values, origin
+        architecture = values.get("general.architecture")
+        if not isinstance(architecture, builtins.str) or not architecture:
+            raise FileFormatError(f"{origin}: key 'general.architecture' is {shown(architecture)}, expected a name")
+        self.architecture = architecture
+        self._read: set[builtins.str] = set()
+
+    def has(self, key: builtins.str) -> builtins.bool:
+        return self._full(key) in self.values
+
+    def int(self, key: builtins.str, default: builtins.int | None = None) -> builtins.int:
+        """A whole number from 0 below 2^31."""
+        return self._int(key, self._value(key, default))
+
+    def float(self, key: builtins.str, default: builtins.float | None = None) -> builtins.float:
+        """A finite number; a whole one will do."""
+        return self._float(key, self._value(key, default))
+
+    def bool(self, key: builtins.str, default: builtins.bool | None = None) -> builtins.bool:
+        found = self._value(key, default)
+        if not isinstance(found, builtins.bool):
+            raise self._wrong(key, found, "true or false")
+        return found
+
+    def str(self, key: builtins.str, default: builtins.str | None = None) -> builtins.str:
+        found = self._value(key, default)
+        if not isinstance(found, builtins.str):
+            raise self._wrong(key, found, "a string")
+        return found
+
+    def ints(self, key: builtins.str, count: builtins.int, default: builtins.int | None = None) -> list[builtins.int]:
+        """One whole number per layer (or whatever is counted): an array of `count`, or a scalar repeated."""
+        return [self._int(key, found) for found in self._several(key, count, default)]
+
+    def floats(self, key: builtins.str, count: builtins.int, default: builtins.float | None = None) -> list[builtins.float]:
+        return [self._float(key, found) for found in self._several(key, count, default)]
+
+    def expect(self, key: builtins.str, *allowed: Any, absent_ok: builtins.bool = True) -> None:
+        """Refuses, with UnsupportedError, a file whose `key` has a value other than those that are implemented."""
+        if not self.has(key) and absent_ok:
+            return
+        found = _plain(self._value(key, None))
+        if not any(_same(found, value) for value in allowed):
+            possible = " or ".join(repr(value) for value in allowed) or "its absence"
+            raise UnsupportedError(f"{self.origin}: {self._full(key)} is {shown(found)}; possible is {possible}")
+
+    def finish(self) -> None:
+        """Refuses keys of this architecture that nobody read: nothing is dropped in silence."""
+        prefix = f"{self.architecture}."
+        left = [
+            f"{key} = {shown(_plain(value), 40)}"
+            for key, value in self.values.items()
+            if key.startswith(prefix) and key not in self._read and key.removeprefix(prefix) not in HARMLESS
+        ]
+        if left:
+            raise UnsupportedError(f"{self.origin}: not implemented for {self.architecture}: {listed(left)}")
+
+    @property
+    def vocabulary(self) -> builtins.int:
+        """The number of token ids: the architecture's own key, else the length of the token list."""
+        if self.has("vocab_size"):
+            return self.int("vocab_size")
+        tokens = self.values.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, list) or not tokens:
+            raise FileFormatError(f"{self.origin}: neither {self._full('vocab_size')} nor tokenizer.ggml.tokens is there")
+        return len(tokens)
+
+    def _full(self, key: builtins.str) -> builtins.str:
+        return f"{self.architecture}.{key}"
+
+    def _value(self, key: builtins.str, default: Any) -> Any:
+        self._read.add(self._full(key))
+        found = self.values.get(self._full(key), default)
+        if found is None:
+            raise FileFormatError(f"{self.origin}: key {shown(self._full(key))} is missing")
+        return found
+
+    def _several(self, key: builtins.str, count: builtins.int, default: Any) -> list[Any]:
+        found = _plain(self._value(key, default))
+        if not isinstance(found, list):
+            return [found] * count
+        if len(found) != count:
+            raise self._wrong(key, f"an array of {len(found)}", f"one number or {count}")
+        return found
+
+    def _int(self, key: builtins.str, found: Any) -> builtins.int:
+        if not isinstance(found, builtins.int) or isinstance(found, builtins.bool) or not 0 <= found < INT_LIMIT:
+            raise self._wrong(key, found, "a whole number from 0 below 2^31")
+        return found
+
+    def _float(self, key: builtins.str, found: Any) -> builtins.float:
+        if not isinstance(found, (builtins.int, builtins.float)) or isinstance(found, builtins.bool) or not math.isfinite(found):
+            raise self._wrong(key, found, "a finite number")
+        return builtins.float(found)
+
+    def _wrong(self, key: builtins.str, found: Any, expected: builtins.str) -> FileFormatError:
+        return FileFormatError(f"{self.origin}: key {shown(self._full(key))} is {shown(_plain(found))}, expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    """A numpy array as a list of Python numbers, cut where no per-layer array can reach; other values as they are."""
+    return value[:4096].tolist() if isinstance(value, np.ndarray) else value
+
+
+def _same(found: Any, allowed: Any) -> bool:
+    if isinstance(found, float) and isinstance(allowed, (int, float)):
+        return math.isclose(found, allowed, rel_tol=1e-6)  # GGUF stores float32
+    return type(found) is type(allowed) and bool(found == allowed)
