@@ -12,11 +12,14 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/ready ## make .venv with everything that chat and test use
+	@:
 
 .venv/ready: pyproject.toml constraints.txt
 	@python=; \
 	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3 python); do \
-	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python=$$candidate; break; \
+	  fi; \
 	done; \
 	if [ -z "$$python" ]; then \
 	  echo "localmoe needs Python 3.11 or newer with venv: install it (Debian, Ubuntu: apt install python3-venv)," >&2; \
@@ -27,6 +30,7 @@ setup: .venv/ready ## make .venv with everything that chat and test use
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r constraints.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+	@echo "Ready: make chat, make test"
 
 chat: setup ## talk to the bundled model, or to MODEL=path; further flags in ARGS
 	@$(BIN)/localmoe chat $(if $(MODEL),"$(MODEL)") $(ARGS)

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def conformance() -> Path:
-    """The folder of golden data: $LOCALMOE_CONFORMANCE, else shared/data beside the repository; the test is skipped without it."""
+    """The folder of golden data: $LOCALMOE_CONFORMANCE, else ../shared/data; without it the test is skipped."""
     named = os.environ.get("LOCALMOE_CONFORMANCE")
     folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():

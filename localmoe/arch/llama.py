@@ -112,7 +112,7 @@ def load(c: Config, get: Checkpoint) -> Weights:
         blocks=[block(i) for i in range(c.block_count)],
         norm=get("output_norm", (D,)),
         output=get.optional("output", (c.vocabulary, D)) or embedding,
-        rope=c.rope.table("pairs" if get.rope_permuted else "halves", get.optional("rope_freqs", (c.rope.dimensions // 2,))),
+        rope=c.rope.table("pairs" if get.source.rope_permuted else "halves", get.optional("rope_freqs", (c.rope.dimensions // 2,))),
     )
 
 

@@ -10,7 +10,7 @@ from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import Weight
 from localmoe.loader.source import Source, listed, shown
 
-# Tensors that a family need not ask for: vision and audio towers with their projectors, and rope tables of the first converters.
+# Tensors that a family need not ask for: vision and audio towers, projectors, rope tables of the first converters.
 SKIPPABLE = re.compile(r"(v|mm|a)\..*|blk\.\d+\.attn_rot_embd\.weight")
 PREDICTOR = re.compile(r"(blk\.\d+\.)nextn\..*")
 
@@ -19,7 +19,7 @@ class Checkpoint:
     """`get("blk.0.attn_q", (rows, columns))` returns the tensor "blk.0.attn_q.weight" or raises FileFormatError."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.prefix = source, ""
+        self.source, self.prefix, self.rope_permuted = source, "", source.rope_permuted
         self._asked: set[str] = set()
 
     def __call__(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight:
@@ -49,8 +49,8 @@ class Checkpoint:
     def experts(self, name: str, shape: tuple[int, int, int]) -> Weight:
         """A stack of experts (E, rows, columns) with one slab each.
 
-        Found as one tensor ("ffn_gate_exps"), as half of a fused one ("ffn_gate_up_exps": gate first), or as a tensor per
-        expert ("ffn_gate.7", files of before April 2024).
+        Found as one tensor ("ffn_gate_exps"), as half of a fused one ("ffn_gate_up_exps": gate first), or as a tensor
+        per expert ("ffn_gate.7", files of before April 2024).
         """
         if self.has(name):
             return self(name, shape)
@@ -66,24 +66,24 @@ class Checkpoint:
     def finish(self) -> list[str]:
         """Refuses tensors that nobody asked for; returns the names of those that may be skipped, for a report.
 
-        Skipped are multi-token-prediction layers (whole: any block that holds "nextn" tensors) and vision or audio towers.
+        Skipped are multi-token-prediction layers (any block that holds "nextn" tensors) and vision or audio towers.
         """
         left = [name for name in self.source.tensors if name not in self._asked]
         predictors = tuple({match[1] for name in left if (match := PREDICTOR.fullmatch(name))})
         skipped = [name for name in left if SKIPPABLE.fullmatch(name) or name.startswith(predictors)]
         unknown = sorted(set(left).difference(skipped))
         if unknown:
-            raise UnsupportedError(f"{self.source.path}: tensors that this architecture has no place for: {listed(_quoted(unknown))}")
+            names = listed(_quoted(unknown))
+            raise UnsupportedError(f"{self.source.path}: tensors that this architecture has no place for: {names}")
         return skipped
 
     def _shaped(self, weight: Weight, shape: tuple[int, ...]) -> Weight:
         if weight.shape == shape:
             return weight
-        if _longer_axes(weight.shape) != _longer_axes(shape):
-            raise FileFormatError(f"{self.source.path}: tensor {shown(weight.name)} has shape {weight.shape}, expected {shape}")
-        matrices = shape[0] if len(shape) > 2 else 1
-        if len(weight.slabs) != matrices:
-            raise FileFormatError(f"{self.source.path}: tensor {shown(weight.name)} is not {matrices} pieces, as {shape} needs")
+        pieces = shape[0] if len(shape) > 2 else 1
+        if _longer_axes(weight.shape) != _longer_axes(shape) or len(weight.slabs) != pieces:
+            found = f"tensor {shown(weight.name)} has shape {weight.shape}"
+            raise FileFormatError(f"{self.source.path}: {found}, expected {shape}")
         return Weight(weight.name, shape, weight.format, weight.slabs)
 
     def _missing(self, full: str, shape: tuple[int, ...]) -> FileFormatError:
@@ -97,8 +97,8 @@ def stacked(name: str, matrices: list[Weight]) -> Weight:
     first = matrices[0]
     for other in matrices:
         if (other.shape, other.format) != (first.shape, first.format):
-            found = f"{shown(first.name)} is {first.format.name} {first.shape}, {shown(other.name)} {other.format.name} {other.shape}"
-            raise UnsupportedError(f"{name}: experts of one layer must have one shape and format: {found}")
+            found = " and ".join(f"{shown(w.name)} ({w.format.name}, {w.shape})" for w in (first, other))
+            raise UnsupportedError(f"{name}: experts of one layer must have one shape and format, found {found}")
     return Weight(name, (len(matrices), *first.shape), first.format, tuple(m.slabs[0] for m in matrices))
 
 

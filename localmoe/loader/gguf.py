@@ -1,12 +1,13 @@
 """GGUF files, versions 2 and 3, little endian: the header alone is read; must not know any architecture.
 
-Source of the layout: the GGUF specification (ggml, docs/gguf.md). Every count, length and offset is checked against the file
-before it is used. String values that are not UTF-8 keep their place with U+FFFD; names and keys that are not are refused.
+Source of the layout: the GGUF specification (ggml, docs/gguf.md). Every count, length and offset is checked against the
+file before it is used. Names and keys must be UTF-8; in string values, tokens among them, other bytes become U+FFFD.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -25,25 +26,26 @@ from localmoe.loader.source import LazyWeights, Source, map_file, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# Bounds far above any real model (DeepSeek-R1: 48 keys, 1,025 tensors, a header of 6 MB), so that a hostile file stays cheap.
+# Bounds far above any real model (a header of 6 MB with 1,025 tensors is much), so that a hostile file stays cheap.
 HEADER_LIMIT = 1 << 28
 KEY_LIMIT, TENSOR_LIMIT, NAME_LIMIT, MATRIX_LIMIT = 1 << 16, 1 << 20, (1 << 16) - 1, 1 << 16
 KEY_NBYTES, TENSOR_NBYTES = 13, 32  # least bytes that one key and value, and one tensor record, can take
 
 # Metadata value types by id: name and struct format (strings, 8, and arrays, 9, are read apart).
 SCALARS = {
-    0: ("uint8", "<B"), 1: ("int8", "<b"), 2: ("uint16", "<H"), 3: ("int16", "<h"), 4: ("uint32", "<I"), 5: ("int32", "<i"),
-    6: ("float32", "<f"), 7: ("bool", "<B"), 10: ("uint64", "<Q"), 11: ("int64", "<q"), 12: ("float64", "<d"),
+    0: ("uint8", "<B"), 1: ("int8", "<b"), 2: ("uint16", "<H"), 3: ("int16", "<h"), 4: ("uint32", "<I"),
+    5: ("int32", "<i"), 6: ("float32", "<f"), 7: ("bool", "<B"), 10: ("uint64", "<Q"), 11: ("int64", "<q"),
+    12: ("float64", "<d"),
 }  # fmt: skip
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32, UINT64 = struct.Struct("<I"), struct.Struct("<Q")
 
 # Formats that exist but are refused, for the message: types withdrawn from ggml.h, and ik_llama.cpp's own (its ggml.h).
 FOREIGN = {
-    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
-    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K",
-    144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS",
-    157: "IQ2_KL", 158: "IQ1_KT",
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K",
+    141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT",
+    155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
 }  # fmt: skip
 OLDER = {b"tjgg": "GGJT", b"lmgg": "GGML", b"fmgg": "GGMF", b"algg": "GGLA"}
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -99,8 +101,9 @@ class Header:
     def count(self, what: str, least_nbytes: int, limit: int) -> int:
         """A count of things to come, refused when the rest of the file cannot hold them."""
         found = self.uint64(f"the number of {what}")
-        if found > min(limit, (self.end - self.at) // least_nbytes):
-            raise self.error(f"{found} {what} announced, at most {(self.end - self.at) // least_nbytes} fit", self.at - 8)
+        possible = min(limit, (self.end - self.at) // least_nbytes)
+        if found > possible:
+            raise self.error(f"{found} {what} announced, expected at most {possible}", self.at - 8)
         return found
 
     def name(self, what: str) -> str:
@@ -124,7 +127,8 @@ class Header:
         if kind not in SCALARS:
             raise self.error(f"key {shown(key)} has value type {kind}, expected 0 to 12", self.at - 4)
         name, layout = SCALARS[kind]
-        (found,) = struct.unpack_from(layout, self.view, self.step(struct.calcsize(layout), f"the {name} of key {shown(key)}"))
+        start = self.step(struct.calcsize(layout), f"the {name} of key {shown(key)}")
+        (found,) = struct.unpack_from(layout, self.view, start)
         if kind == BOOL and found > 1:
             raise self.error(f"key {shown(key)} is a bool with value {found}, expected 0 or 1", self.at - 1)
         return bool(found) if kind == BOOL else found
@@ -154,7 +158,8 @@ class Header:
                 raise self.error(f"string {index} of {count} in key {shown(key)} lies beyond the end", at)
             at = start + length(view, at)[0]
             if at > end:
-                raise self.error(f"string {index} of {count} in key {shown(key)} has {at - start} bytes, {end - start} are left")
+                found_nbytes = f"{at - start} bytes, {end - start} are left"
+                raise self.error(f"string {index} of {count} in key {shown(key)} has {found_nbytes}", start)
             append(str(view[start:at], "utf-8", "replace"))
         self.at = at
         return found
@@ -191,8 +196,8 @@ def _check_version(header: Header) -> None:
         return
     swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
     if version > 0xFFFF and swapped <= 0xFFFF:
-        raise UnsupportedError(f"{header.path}: a big-endian GGUF file (version {swapped}); only little-endian files can be read")
-    raise UnsupportedError(f"{header.path}: GGUF version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} can be read")
+        raise UnsupportedError(f"{header.path}: big-endian GGUF, version {swapped}; only little-endian can be read")
+    raise UnsupportedError(f"{header.path}: GGUF version {version}; versions 2 and 3 can be read")
 
 
 def _tensor_record(header: Header) -> Record:
@@ -207,12 +212,14 @@ def _tensor_record(header: Header) -> Record:
     start = header.uint64(f"the offset of tensor {shown(name)}")
     if id not in FORMAT_BY_ID:
         label = f"type {id} ({FOREIGN[id]})" if id in FOREIGN else f"type {id}"
-        raise UnsupportedError(f"{header.path}: tensor {shown(name)} has {label}, which is not one of {', '.join(FORMATS)}")
+        raise UnsupportedError(f"{header.path}: tensor {shown(name)} has {label}; possible are {', '.join(FORMATS)}")
     format = FORMAT_BY_ID[id]
-    if min(shape) < 1 or (axes > 2 and prod(shape[:-2]) > MATRIX_LIMIT):
-        raise header.error(f"tensor {shown(name)} has shape {shape}, expected axes from 1 and at most {MATRIX_LIMIT} matrices", at)
+    if min(shape) < 1 or prod(shape[:-2]) > MATRIX_LIMIT:
+        expected = f"axes from 1 and at most {MATRIX_LIMIT} matrices"
+        raise header.error(f"tensor {shown(name)} has shape {shape}, expected {expected}", at)
     if shape[-1] % format.elements:
-        raise header.error(f"tensor {shown(name)} has rows of {shape[-1]}, {format.name} needs a multiple of {format.elements}", at)
+        expected = f"a multiple of {format.elements} for {format.name}"
+        raise header.error(f"tensor {shown(name)} has rows of {shape[-1]}, expected {expected}", at)
     return Record(name, shape, format, start, start + prod(shape[:-1]) * format.row_nbytes(shape[-1]))
 
 
@@ -220,18 +227,20 @@ def _placed(path: Path, records: list[Record], begin: int, alignment: int, size:
     """The records with places in the file, after a look at names, alignment, the end of the file and overlaps."""
     placed: dict[str, Record] = {}
     for r in records:
+        tensor = f"{path}: tensor {shown(r.name)}"
         if r.name in placed:
-            raise FileFormatError(f"{path}: tensor {shown(r.name)} appears twice")
+            raise FileFormatError(f"{tensor} appears twice")
         if r.start % alignment:
-            raise FileFormatError(f"{path}: tensor {shown(r.name)} has offset {r.start}, expected a multiple of {alignment}")
+            raise FileFormatError(f"{tensor} has offset {r.start}, expected a multiple of {alignment}")
         if begin + r.stop > size:
             raise FileFormatError(
-                f"{path}: tensor {shown(r.name)} ends at byte {begin + r.stop}, the file at {size}: truncated or still downloading"
+                f"{tensor} ends at byte {begin + r.stop}, the file at {size}: is the download complete?"
             )
         placed[r.name] = Record(r.name, r.shape, r.format, begin + r.start, begin + r.stop)
     for one, next_one in pairwise(sorted(placed.values(), key=lambda r: r.start)):
         if next_one.start < one.stop:
-            raise FileFormatError(f"{path}: tensors {shown(one.name)} and {shown(next_one.name)} overlap at byte {next_one.start}")
+            names = f"{shown(one.name)} and {shown(next_one.name)}"
+            raise FileFormatError(f"{path}: tensors {names} overlap at byte {next_one.start}")
     return list(placed.values())
 
 
@@ -240,7 +249,7 @@ def open_gguf(path: Path) -> Source:
 
     Metadata values are int, float, bool, str, list[str] or numpy arrays; a split file has its first part's.
 
-    Raises: FileFormatError (broken, truncated, a part missing), UnsupportedError (version, byte order or a block format).
+    Raises: FileFormatError (broken, truncated, a part missing), UnsupportedError (version, byte order, block format).
     """
     part = read_part(path)
     parts = _all_parts(part) if part.metadata.get("split.count", 1) != 1 else [part]
@@ -266,11 +275,11 @@ def _all_parts(opened: Part) -> list[Part]:
     path, count = opened.path, opened.metadata["split.count"]
     match = SPLIT_NAME.fullmatch(path.name)
     if not match:
-        raise FileFormatError(f"{path}: one of {shown(count)} parts, whose name must end in -00001-of-{shown(count)}.gguf to find the rest")
+        raise FileFormatError(f"{path}: one of {shown(count)} parts, expected a name like model-00001-of-00003.gguf")
     if count != int(match["count"]) or count < 1:
         raise FileFormatError(f"{path}: split.count is {shown(count)}, the file's name says {int(match['count'])}")
     names = [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-    missing = [name for name in names if not (path.parent / name).exists()]
+    missing = [name for name in names if not os.path.exists(path.parent / name)]
     if missing:
         raise FileFormatError(f"{path.parent / missing[0]}: no such file: {len(missing)} of {count} parts are missing")
     parts = [opened if name == path.name else read_part(path.parent / name) for name in names]

@@ -12,7 +12,7 @@ import numpy as np
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.loader.source import listed, shown
 
-INT_LIMIT = 1 << 31
+INT_LIMIT, FLOAT_LIMIT = 1 << 31, 3.5e38
 
 # Keys that may stay unread: they say nothing about the computation, or only what every tensor's shape says again.
 HARMLESS = frozenset(
@@ -27,8 +27,8 @@ HARMLESS = frozenset(
 class Metadata:
     """The keys of one file. `key` is relative to the architecture: "block_count" reads "llama.block_count".
 
-    Every reader raises FileFormatError naming the key when it is missing (and no default is given), of another type or out of
-    range.
+    Every reader raises FileFormatError naming the key when it is missing (and no default is given), of another type or
+    out of range.
     """
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
@@ -66,7 +66,9 @@ class Metadata:
         """One whole number per layer (or whatever is counted): an array of `count`, or a scalar repeated."""
         return [self._int(key, found) for found in self._several(key, count, default)]
 
-    def floats(self, key: builtins.str, count: builtins.int, default: builtins.float | None = None) -> list[builtins.float]:
+    def floats(
+        self, key: builtins.str, count: builtins.int, default: builtins.float | None = None
+    ) -> list[builtins.float]:
         return [self._float(key, found) for found in self._several(key, count, default)]
 
     def expect(self, key: builtins.str, *allowed: Any, absent_ok: builtins.bool = True) -> None:
@@ -96,7 +98,7 @@ class Metadata:
             return self.int("vocab_size")
         tokens = self.values.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list) or not tokens:
-            raise FileFormatError(f"{self.origin}: neither {self._full('vocab_size')} nor tokenizer.ggml.tokens is there")
+            raise FileFormatError(f"{self.origin}: neither {self._full('vocab_size')} nor tokenizer.ggml.tokens is set")
         return len(tokens)
 
     def _full(self, key: builtins.str) -> builtins.str:
@@ -123,12 +125,15 @@ class Metadata:
         return found
 
     def _float(self, key: builtins.str, found: Any) -> builtins.float:
-        if not isinstance(found, (builtins.int, builtins.float)) or isinstance(found, builtins.bool) or not math.isfinite(found):
+        if not isinstance(found, (builtins.int, builtins.float)) or isinstance(found, builtins.bool):
+            raise self._wrong(key, found, "a number")
+        if not math.isfinite(found) or abs(found) > FLOAT_LIMIT:
             raise self._wrong(key, found, "a finite number")
         return builtins.float(found)
 
     def _wrong(self, key: builtins.str, found: Any, expected: builtins.str) -> FileFormatError:
-        return FileFormatError(f"{self.origin}: key {shown(self._full(key))} is {shown(_plain(found))}, expected {expected}")
+        name = shown(self._full(key))
+        return FileFormatError(f"{self.origin}: key {name} is {shown(_plain(found))}, expected {expected}")
 
 
 def _plain(value: Any) -> Any:

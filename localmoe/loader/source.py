@@ -38,7 +38,7 @@ class LazyWeights(Mapping[str, Weight]):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model file or folder; `nbytes` counts the weight files, `tokenizer_folder` is None where metadata has it."""
+    """An opened model; `nbytes` counts the weight files, `tokenizer_folder` is None where metadata has the tokens."""
 
     path: Path
     kind: Literal["gguf", "folder"]
@@ -65,7 +65,7 @@ def listed(names: list[str], limit: int = 6) -> str:
 
 
 def require_file(path: Path) -> int:
-    """The size of a regular, non-empty file in bytes; anything else (missing, folder, FIFO, device) is refused unopened."""
+    """The size in bytes of a regular file that is not empty; a folder, FIFO or device is refused unopened."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:

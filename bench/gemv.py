@@ -1,0 +1,113 @@
+"""How near each matrix-vector kernel comes to the speed of memory: its bytes a second against a loop that only reads the same bytes.
+
+    python bench/gemv.py [--isa avx512] [--threads 1 2] [--megabytes 512] [--rounds 5] [--only Q8_0 Q4_K]
+
+Reading and multiplying alternate, so that both meet the same weather; the best round of each counts. Rows are shared out evenly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from localmoe.formats import FORMATS
+from localmoe.kernels.cpu import activations, matmul
+from localmoe.kernels.cpu.build import Kernels, kernel
+from localmoe.kernels.cpu.isa import host_isa, named
+
+COLUMNS = 4096
+
+
+@kernel("bench_read", arguments=3)
+def bench_read(v):
+    """(address, nbytes, out): every byte loaded and joined into one number, four streams of cache lines at once."""
+    lanes = v.lanes
+
+    def read(address, nbytes, out):
+        a, b, c, d = v.zero(v.i32), v.zero(v.i32), v.zero(v.i32), v.zero(v.i32)
+        for i in range(0, nbytes, 16 * lanes):
+            for ahead in range(4096, 4096 + 16 * lanes, 64):
+                v.prefetch(address + i + ahead)
+            a = a | v.load(v.i32, address + i)
+            b = b | v.load(v.i32, address + i + 4 * lanes)
+            c = c | v.load(v.i32, address + i + 8 * lanes)
+            d = d | v.load(v.i32, address + i + 12 * lanes)
+        v.store(out, v.total((a | b) | (c | d)))
+
+    return read
+
+
+def together(threads: int, work: Callable[[int], None]) -> float:
+    """Seconds until `work(thread)` has ended in all threads."""
+    gate = threading.Barrier(threads + 1)
+
+    def body(number: int) -> None:
+        gate.wait()
+        work(number)
+
+    crew = [threading.Thread(target=body, args=(n,)) for n in range(threads)]
+    for one in crew:
+        one.start()
+    gate.wait()
+    start = time.perf_counter()
+    for one in crew:
+        one.join()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", default=host_isa().name)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=list(matmul.FAST))
+    chosen = parser.parse_args()
+    isa = named(chosen.isa)
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Kernels(isa, Path(folder))
+
+        def function(name: str, arguments: int) -> Callable[..., None]:
+            return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(kernels.address(name))
+
+        read = function("bench_read", 3)
+        weights = np.full(chosen.megabytes << 20, 1, np.uint8)
+        x = np.ones(COLUMNS, np.float32)
+        sink = np.zeros(64 * max(chosen.threads), np.int32)
+        print(f"{isa.name}, {chosen.megabytes} MB, {COLUMNS} columns, best of {chosen.rounds}")
+        print(f"{'format':8}{'threads':>8}{'GB/s':>8}{'read':>8}{'ratio':>8}")
+        for name in chosen.only:
+            gemv_name, form = matmul.FAST[name]
+            gemv = function(gemv_name, 7)
+            row_nbytes = FORMATS[name].row_nbytes(COLUMNS)
+            rows = weights.size // row_nbytes
+            row = np.zeros(activations.activation_nbytes(form, COLUMNS), np.uint8)
+            if form == "f32":
+                row[:] = x.view(np.uint8)
+            else:
+                function(activations.QUANTISERS[form], 3)(x.ctypes.data, row.ctypes.data, COLUMNS)
+            out = np.zeros(rows, np.float32)
+            for threads in chosen.threads:
+                share = rows // threads
+                nbytes = share * row_nbytes // 1024 * 1024
+
+                def multiply(n: int) -> None:
+                    gemv(weights.ctypes.data, row_nbytes, row.ctypes.data, out.ctypes.data, COLUMNS, n * share, (n + 1) * share)
+
+                def only_read(n: int) -> None:
+                    read(weights.ctypes.data + n * share * row_nbytes, nbytes, sink.ctypes.data + n * 64)
+
+                times = [(together(threads, only_read), together(threads, multiply)) for _ in range(chosen.rounds)]
+                plain, product = (threads * nbytes / min(t) / 1e9 for t in zip(*times, strict=True))
+                print(f"{name:8}{threads:8}{product:8.1f}{plain:8.1f}{product / plain:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

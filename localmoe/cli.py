@@ -1,0 +1,318 @@
+"""The command line: flags to function calls, and the ONE place where an error becomes a message and an exit status.
+
+Imports nothing heavy at the top: `localmoe --help` and a mistyped flag should answer at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from localmoe.errors import LocalMoeError, SettingError
+from localmoe.settings import SETTINGS, SamplingSettings, is_whole
+
+if TYPE_CHECKING:
+    from localmoe.model import Model
+    from localmoe.repl.render import Screen
+    from localmoe.session import Session
+
+app = typer.Typer(
+    name="localmoe",
+    help="Chat with open-weight language models, Mixture-of-Experts among them, on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "A GGUF file (of a split model: any part) or a Hugging Face folder."
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelOrBundled = Annotated[
+    Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Without it, the small model that comes along.")
+]
+System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--template", metavar="NAME|FILE", help="Chat template instead of the model's own.")
+]
+Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")]
+DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
+Lazy = Annotated[
+    str, typer.Option("--lazy", help="Loading: auto, mmap (read weights when first used) or off (read them all at start).")
+]
+KeyValueFormat = Annotated[Literal["f16", "f32"], typer.Option("--kv", help="Format of the KV cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def with_sampling_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command a flag for each sampling setting; it receives those that were given as its last parameter, `sampling`."""
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                int | None if is_whole(name) else float | None,
+                typer.Option(
+                    help=f"{setting.metadata['help']} (default {setting.default:g}{or_recommended(name)})",
+                    rich_help_panel="Sampling",
+                ),
+            ],
+        )
+        for name, setting in SETTINGS.items()
+    ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: values.pop(name) for name in SETTINGS}
+        command(**values, sampling={name: value for name, value in given.items() if value is not None})
+
+    own = inspect.signature(command, eval_str=True)
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "sampling"]
+    run.__signature__ = own.replace(parameters=[*parameters, *flags])  # type: ignore[attr-defined]
+    return run
+
+
+def or_recommended(name: str) -> str:
+    return " unless the model says" if name in SamplingSettings.FILE_KEYS.values() else ""
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("localmoe", version("localmoe"))
+        except PackageNotFoundError:
+            print("localmoe, run from its source without being installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where a bug happened (also LOCALMOE_DEBUG=1).")] = False,
+) -> None:
+    """Flags before the command; `main` looks for --debug itself."""
+
+
+@app.command()
+@with_sampling_flags
+def chat(
+    model: ModelOrBundled = None,
+    system: System = None,
+    template: TemplateName = None,
+    context: Context = None,
+    threads: Threads = None,
+    device: DeviceName = "cpu",
+    lazy: Lazy = "auto",
+    kv: KeyValueFormat = "f16",
+    sampling: dict[str, float] | None = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from localmoe.repl.input import open_reader
+    from localmoe.repl.loop import converse
+    from localmoe.repl.render import Screen
+    from localmoe.repl.talk import Talk
+
+    screen = Screen()
+    with opened(screen, model, context=context, threads=threads, device=device, lazy=lazy, kv_format=kv) as found:
+        session = open_session(found, template, system, sampling)
+        greet(screen, found, session)
+        converse(Talk(session, screen), open_reader(screen.is_terminal))
+
+
+@app.command()
+@with_sampling_flags
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say; text piped in is added below it.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    system: System = None,
+    template: TemplateName = None,
+    context: Context = None,
+    threads: Threads = None,
+    device: DeviceName = "cpu",
+    lazy: Lazy = "auto",
+    kv: KeyValueFormat = "f16",
+    sampling: dict[str, float] | None = None,
+) -> None:
+    """Print one answer and nothing else."""
+    from localmoe.repl.render import Screen
+
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    text = piped if not prompt else f"{prompt}\n\n{piped}" if piped.strip() else prompt
+    if not text.strip():
+        raise SettingError('run needs a prompt: -p "…", or text piped in')
+    screen = Screen()
+    with opened(screen, model, context=context, threads=threads, device=device, lazy=lazy, kv_format=kv) as found:
+        if raw:
+            complete(screen, found, text, settings_for(found, sampling))
+        else:
+            answer_once(screen, open_session(found, template, system, sampling), text.strip())
+
+
+@app.command(name="inspect")
+def inspect_model(
+    model: ModelArgument,
+    program: Annotated[bool, typer.Option("--program", help="List the operations of one step.")] = False,
+    context: Context = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model is, what it needs and whether it fits this machine."""
+    from localmoe import inspection
+    from localmoe.repl.render import Screen
+
+    screen = Screen()
+    sections = inspection.report(model, context=context)
+    header, rows = inspection.program_table(model) if program else ([], [])
+    if as_json:
+        found: dict[str, Any] = {title: dict(entries) for title, entries in sections}
+        if program:
+            found["program"] = [dict(zip(header, row, strict=True)) for row in rows]
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for title, entries in sections:
+        screen.line(title, "bold")
+        screen.rows([("  " + key, value) for key, value in entries])
+    if program:
+        screen.rows(rows, header)
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Prompt tokens to read; 0 leaves the test out.")] = 512,
+    generate: Annotated[int, typer.Option("-n", "--generate", min=0, help="Tokens to generate; 0 leaves it out.")] = 64,
+    repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs of each test.")] = 5,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Measure speed, in tokens per second and in per cent of what this machine could reach."""
+    from localmoe import benchmark
+    from localmoe.repl.render import Screen
+
+    screen = Screen()
+    with screen.progress("measuring") as bar:
+        results = benchmark.run(model, threads=threads, prompt=prompt, generate=generate, repeat=repeat, progress=bar)
+    if as_json:
+        print(json.dumps([asdict(row) for row in results], indent=2))
+        return
+    header = ("test", "tokens/s", "of the limit", "note")
+    rows = [
+        (
+            row.test,
+            f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
+            f"{row.limit_percent:.0f} % of {row.limit_name}",
+            row.note,
+        )
+        for row in results
+    ]
+    if markdown:
+        for cells in (header, ("---",) * len(header), *rows):
+            print("| " + " | ".join(cells) + " |")
+    else:
+        screen.rows(rows, header)
+
+
+@contextmanager
+def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
+    """The model, with a progress bar while it opens; the bundled one without a path. Closed after the `with` block."""
+    import localmoe
+
+    if path is None:
+        from localmoe.loader.locate import bundled
+
+        path = bundled()
+    with screen.progress(f"opening {path.name}") as bar:
+        model = localmoe.load(path, progress=bar, **how)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def settings_for(model: Model, sampling: dict[str, float] | None) -> SamplingSettings:
+    """Defaults, then what the model recommends, then the flags."""
+    return SamplingSettings().changed(**model.recommended).changed(**(sampling or {}))
+
+
+def open_session(model: Model, template: str | None, system: str | None, sampling: dict[str, float] | None) -> Session:
+    from localmoe.session import Session, open_template
+
+    chosen = open_template(model, template) if template else None
+    return Session(model, chosen, settings_for(model, sampling), system)
+
+
+def greet(screen: Screen, model: Model, session: Session) -> None:
+    """What is running, and what its file says about sampling."""
+    from localmoe.memory import readable_size
+    from localmoe.settings import not_followed
+
+    facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
+    screen.line(f"{' · '.join(facts)} · {model.threads} threads · /help for commands")
+    if model.recommended:
+        values = ", ".join(f"{name} {getattr(session.settings, name):g}" for name in model.recommended)
+        screen.notice(f"(sampling as the model recommends unless a flag says otherwise: {values})")
+    for entry in not_followed(model.metadata):
+        screen.notice(f"(the model recommends {entry}, which is not implemented)")
+    screen.line()
+
+
+def answer_once(screen: Screen, session: Session, text: str) -> None:
+    """The answer on standard output; reasoning on standard error where someone sees it."""
+    answer, reasoning = screen.answer(exact=True), screen.aside()
+    with screen.progress("reading the prompt") as bar:
+        for piece in session.send(text, lambda done, total: bar("reading the prompt", done, total)):
+            bar.close()
+            if piece.kind == "answer":
+                reasoning.end()
+                answer.write(piece.kind, piece.text)
+            elif screen.errors.is_terminal:
+                reasoning.write(piece.kind, piece.text)
+    answer.end()
+
+
+def complete(screen: Screen, model: Model, text: str, settings: SamplingSettings) -> None:
+    """The continuation of a text, exactly as generated."""
+    from localmoe.engine import Engine
+
+    with screen.progress("reading the prompt") as bar:
+        tokens = model.tokenizer.encode(text)
+        progress = lambda done, total: bar("reading the prompt", done, total)  # noqa: E731
+        for step in Engine(model).generate(tokens, settings, progress=progress):
+            bar.close()
+            screen.verbatim(step.text)
+    screen.verbatim("\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `localmoe`; ends by SystemExit: 0, 2 for what the user can mend, 1 for a bug, 130 after Ctrl+C."""
+    words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # absent, or replaced by something that is no text file
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")  # type: ignore[union-attr]
+    try:
+        app(words, prog_name="localmoe")
+    except LocalMoeError as error:
+        from localmoe.repl.render import visible
+
+        print(f"localmoe: {visible(str(error)).replace(chr(10), ' ')}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if "--debug" in words or os.environ.get("LOCALMOE_DEBUG", "0") != "0":
+            traceback.print_exc()
+        print(f"localmoe: sorry, this is a bug: {error!r} (localmoe --debug … shows where)", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,160 @@
+"""The engine: token ids in, steps out. Keeps what stands in the KV cache, reuses it, and knows no text beyond `Step.text`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.errors import DeviceError, SettingError
+from localmoe.sampling import Sampler, SamplingSettings
+
+Finish = Literal["stop", "length", "context"]
+Progress = Callable[[int, int], None]
+
+
+class TokenStream(Protocol):
+    def push(self, id: int) -> str: ...
+    def finish(self) -> str: ...
+
+
+class TextDecoder(Protocol):
+    """What the engine asks of a tokenizer."""
+
+    @property
+    def stop(self) -> frozenset[int]: ...
+    def stream(self) -> TokenStream: ...
+
+
+class CausalModel(Protocol):
+    """What the engine asks of a model: `forward` runs 1..chunk tokens at cache positions position.. and overwrites what was there."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def tokenizer(self) -> TextDecoder: ...
+    def forward(self, tokens: Sequence[int], position: int) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One generated token. `text` is what became printable with it; `finish` is set on the last step only.
+
+    "stop": `token` is a stop token; "length": `max_tokens` is reached; "context": the cache is full.
+    """
+
+    token: int
+    text: str
+    finish: Finish | None = None
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the last `generate` did; times in seconds, without what the caller did between steps."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    generated_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class Engine:
+    """Generates with one model. `cached` holds exactly the tokens whose keys and values were computed, whatever interrupted it.
+
+    One model has one KV cache: never drive it through two engines.
+    """
+
+    def __init__(self, model: CausalModel) -> None:
+        self.model = model
+        self.cached: list[int] = []
+        self.stats = Stats()
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        settings: SamplingSettings,
+        stop: Collection[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Step]:
+        """Steps that continue `tokens`, ended by a step with `finish`; `stop` None means the tokenizer's stop tokens.
+
+        `progress(done, total)` counts prompt tokens that were not in the cache. DeviceError when the prompt exceeds the context,
+        SettingError when it is empty.
+        """
+        prompt = list(tokens)
+        self._check(prompt)
+        stop = self.model.tokenizer.stop if stop is None else stop
+        # The last prompt token always runs again: its logits are not kept.
+        reused = min(common_prefix(self.cached, prompt), len(prompt) - 1)
+        self.stats = stats = Stats(prompt_tokens=len(prompt), reused_tokens=reused)
+        logits = self._prefill(prompt, progress)
+
+        sampler = Sampler(settings, prompt)
+        stream = self.model.tokenizer.stream()
+        while True:
+            start = perf_counter()
+            token = sampler.choose(logits[-1])
+            stats.generated_tokens += 1
+            finish = self._finish(token, stop, settings)
+            text = "" if finish == "stop" else stream.push(token)
+            if finish:
+                text += stream.finish()
+            stats.decode_seconds += perf_counter() - start
+            yield Step(token, text, finish)
+            if finish:
+                return
+            start = perf_counter()
+            logits = self._run([token], len(self.cached))
+            stats.decode_seconds += perf_counter() - start
+
+    def _check(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise SettingError("the prompt has no tokens: there is nothing to continue")
+        if len(prompt) > self.model.context:
+            raise DeviceError(
+                f"the conversation has {len(prompt)} tokens and the context holds {self.model.context}: "
+                "shorten it, start it afresh, or open the model with a larger --context"
+            )
+
+    def _prefill(self, prompt: list[int], progress: Progress | None) -> npt.NDArray[np.float32]:
+        """Runs what the cache lacks of the prompt, chunk by chunk; returns the last chunk's logits, (1, V)."""
+        first, chunk = self.stats.reused_tokens, self.model.chunk
+        total = len(prompt) - first
+        start = perf_counter()
+        for position in range(first, len(prompt), chunk):
+            if progress:
+                progress(position - first, total)
+            logits = self._run(prompt[position : position + chunk], position)
+            self.stats.prefill_seconds = perf_counter() - start
+        if progress:
+            progress(total, total)
+        return logits
+
+    def _run(self, tokens: list[int], position: int) -> npt.NDArray[np.float32]:
+        # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
+        del self.cached[position:]
+        logits = self.model.forward(tokens, position)
+        self.cached.extend(tokens)
+        return logits
+
+    def _finish(self, token: int, stop: Collection[int], settings: SamplingSettings) -> Finish | None:
+        if token in stop:
+            return "stop"
+        if self.stats.generated_tokens == settings.max_tokens:
+            return "length"
+        return "context" if len(self.cached) >= self.model.context else None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

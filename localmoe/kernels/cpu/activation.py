@@ -1,0 +1,148 @@
+"""Element-wise ops and copies on the cpu: embed, glu, add, concat, last_row; the contracts are in `ops.Ops`.
+
+Buffers end on whole 64-byte lines, so flat ops work in whole vectors and may write up to the end of the last line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.program import Op
+
+if TYPE_CHECKING:
+    from localmoe.kernels.cpu.lower import At, Lowering
+
+
+@kernel("embed", 3)
+def embed(v: Any) -> Any:
+    """Arguments: control, rows, ids, out, weights, row bytes, columns, dequantise kernel."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, ids, out, columns = rows(a), slot(a, 2), slot(a, 3), slot(a, 6)
+        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            row = v.load(v.int32, ids + 4 * t) * slot(a, 5)
+            v.call(slot(a, 7), slot(a, 4) + row, out + 4 * t * columns, columns)
+
+    return run
+
+
+def _glu(v: Any, silu: bool) -> Any:
+    slot, rows = slots(v), row_count(v)
+
+    def activate(gate):  # type: ignore[no-untyped-def]
+        one = v.splat(v.f32, np.float32(1))
+        sigmoid = one / (one + v.exp(-gate))
+        return gate * sigmoid if silu else sigmoid
+
+    activated = v.function(activate)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, gate, up, out, width = rows(a), slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5)
+        if slot(a, 6) == 1:
+            for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+                factor = v.largest(activated(v.splat(v.f32, v.load(v.float32, gate + 4 * t))))
+                for i in range(t * width, (t + 1) * width):
+                    v.store(out + 4 * i, v.load(v.float32, up + 4 * i) * factor)
+        else:
+            blocks = (tokens * width + v.lanes - 1) // v.lanes
+            for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+                at = 4 * v.lanes * i
+                v.store(out + at, activated(v.load(v.f32, gate + at)) * v.load(v.f32, up + at))
+
+    return run
+
+
+@kernel("glu_silu", 3)
+def glu_silu(v: Any) -> Any:
+    """Arguments: control, rows, gate, up, out, width, 1 if the gate is one value a row. gate · sigmoid(gate) · up."""
+    return _glu(v, silu=True)
+
+
+@kernel("glu_sigmoid", 3)
+def glu_sigmoid(v: Any) -> Any:
+    """As glu_silu, with sigmoid(gate) · up."""
+    return _glu(v, silu=False)
+
+
+@kernel("add", 3)
+def add(v: Any) -> Any:
+    """Arguments: control, rows, a, b, out, width."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        blocks = (rows(a) * slot(a, 5) + v.lanes - 1) // v.lanes
+        for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+            at = 4 * v.lanes * i
+            v.store(slot(a, 4) + at, v.load(v.f32, slot(a, 2) + at) + v.load(v.f32, slot(a, 3) + at))
+
+    return run
+
+
+@kernel("concat", 3)
+def concat(v: Any) -> Any:
+    """Arguments: control, rows, heads, out, then for each of two parts: address, token and head strides (bytes), width."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        heads, width = slot(a, 2), slot(a, 7) + slot(a, 11)
+        units = rows(a) * heads
+        for row in range(units * thread // threads, units * (thread + 1) // threads):
+            target = slot(a, 3) + 4 * row * width
+            for part in range(4, 12, 4):
+                source = slot(a, part) + row // heads * slot(a, part + 1) + row % heads * slot(a, part + 2)
+                for i in range(slot(a, part + 3)):
+                    v.store(target + 4 * i, v.load(v.float32, source + 4 * i))
+                target += 4 * slot(a, part + 3)
+
+    return run
+
+
+@kernel("last_row", 3)
+def last_row(v: Any) -> Any:
+    """Arguments: control, rows, x, out, width."""
+    slot = slots(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        width = slot(a, 4)
+        source = slot(a, 2) + 4 * width * (slot(slot(a, 0), 0) - 1)
+        for i in range(width * thread // threads, width * (thread + 1) // threads):
+            v.store(slot(a, 3) + 4 * i, v.load(v.float32, source + 4 * i))
+
+    return run
+
+
+def lower_embed(lowering: Lowering, op: Op) -> None:
+    from localmoe.kernels.cpu.lower import Function
+
+    (ids,), (out,), (weight,) = op.inputs, op.outputs, op.weights
+    place = (lowering.at(ids), lowering.at(out), lowering.address(weight))
+    function = Function(f"dequantise_{weight.format.name.lower()}")
+    lowering.emit("embed", ids, *place, weight.row_nbytes, weight.columns, function)
+
+
+def lower_glu(lowering: Lowering, op: Op) -> None:
+    (gate, up), (out,) = op.inputs, op.outputs
+    place: tuple[At, ...] = (lowering.at(gate), lowering.at(up), lowering.at(out))
+    lowering.emit(f"glu_{op.attributes['kind']}", up, *place, up.shape[1], int(gate.shape != up.shape))
+
+
+def lower_add(lowering: Lowering, op: Op) -> None:
+    (a, b), (out,) = op.inputs, op.outputs
+    lowering.emit("add", a, lowering.at(a), lowering.at(b), lowering.at(out), a.shape[1])
+
+
+def lower_concat(lowering: Lowering, op: Op) -> None:
+    (a, b), (out,) = op.inputs, op.outputs
+    parts = [x for t in (a, b) for x in (lowering.at(t), 4 * t.strides[0], 4 * t.strides[1], t.shape[2])]
+    lowering.emit("concat", a, a.shape[1], lowering.at(out), *parts)
+
+
+def lower_last_row(lowering: Lowering, op: Op) -> None:
+    (x,), (out,) = op.inputs, op.outputs
+    lowering.emit("last_row", out, lowering.at(x), lowering.at(out), x.shape[1])

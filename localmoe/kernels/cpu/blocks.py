@@ -1,0 +1,19 @@
+"""Pieces of GGML's block formats that several kernels share; no kernel of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PREFETCH = 2048  # bytes ahead of a row's reader; 1-8 KB measured, 2-4 KB best
+
+
+def six_bit_scales(v: Any) -> Any:
+    """(address of 12 bytes) -> (scales i16x8, minima i16x8): the packing of Q4_K and Q5_K (ggml-quants.c, get_scale_min_k4)."""
+
+    def unpack(address):
+        a, b, c = v.load(v.uint32, address), v.load(v.uint32, address + 4), v.load(v.uint32, address + 8)
+        scales = (a & 0x3F3F3F3F) | (((c & 0x0F0F0F0F) | (((a >> 6) & 0x03030303) << 4)) << 32)
+        minima = (b & 0x3F3F3F3F) | ((((c >> 4) & 0x0F0F0F0F) | (((b >> 6) & 0x03030303) << 4)) << 32)
+        return v.convert(v.i16x8, v.bits(v.u8x8, scales)), v.convert(v.i16x8, v.bits(v.u8x8, minima))
+
+    return v.function(unpack)

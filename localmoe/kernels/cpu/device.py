@@ -1,0 +1,105 @@
+"""The cpu device: Programs become op tapes over one arena, walked by a thread team; no Python runs inside a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.errors import SettingError
+from localmoe.kernels.cpu.build import Kernels
+from localmoe.kernels.cpu.isa import host_isa
+from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering, padded
+from localmoe.kernels.cpu.team import Team, default_threads
+from localmoe.kernels.open import Progress
+from localmoe.kernels.program import CacheLayer, Floats, Program, RopeTable
+
+ALIGNMENT = 64
+
+
+class CpuDevice:
+    """Owns the threads, the compiled kernels and the KV cache: per layer (K, S, d), d padded to 16 elements with zeros."""
+
+    name = "cpu"
+
+    def __init__(self, context: int, kv_format: str, threads: int | None, progress: Progress | None = None) -> None:
+        """`threads` None takes every core this process may use. Raises SettingError for fewer than 1 or more than 256."""
+        if threads is not None and not 1 <= threads <= 256:
+            raise SettingError(f"{threads} threads are not possible; 1 to 256 are")
+        self.context = context
+        self.kv_type = np.dtype(np.float16 if kv_format == "f16" else np.float32)
+        self.progress = progress
+        self.kernels = Kernels(host_isa())
+        self.threads = threads or default_threads()
+        self.team: Team | None = None
+        self._caches: dict[int, tuple[npt.NDArray[np.generic], npt.NDArray[np.generic] | None]] = {}
+        self._tables: dict[int, tuple[RopeTable, Floats]] = {}
+
+    def compile(self, program: Program) -> CpuPlan:
+        """Lower every op to tape entries; kernels that are not in the cache of compiled ones are compiled now."""
+        lowering = Lowering(self, program)
+        lowering.run()
+        self.kernels.prepare(("run_tape", *lowering.kernel_names()), self._report)
+        if self.team is None:
+            self.team = Team(self.threads, self.kernels.address("run_tape"))
+        return CpuPlan(self.team, program, lowering, self.kernels)
+
+    def cache(self, layer: CacheLayer) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic] | None]:
+        """The arrays of one layer; pages come into being when they are written."""
+        if layer.index not in self._caches:
+            keys = zeros((layer.heads, self.context, padded(layer.key_width)), self.kv_type)
+            width = layer.value_width
+            values = None if width is None else zeros((layer.heads, self.context, padded(width)), self.kv_type)
+            self._caches[layer.index] = (keys, values)
+        return self._caches[layer.index]
+
+    def rope_table(self, table: RopeTable) -> Floats:
+        """(S, n, 2): cos and sin of every position of the context, as the reference computes them."""
+        if id(table) not in self._tables:
+            from localmoe.kernels.reference import rope_angles
+
+            self._tables[id(table)] = (table, np.ascontiguousarray(np.stack(rope_angles(table, 0, self.context), axis=-1)))
+        return self._tables[id(table)][1]
+
+    def close(self) -> None:
+        if self.team is not None:
+            self.team.close()
+            self.team = None
+        self._caches.clear()
+
+    def _report(self, done: int, total: int, name: str) -> None:
+        if self.progress:
+            self.progress("compiling kernels (first start only)", done, total)
+
+
+class CpuPlan:
+    """An op tape with everything it points at."""
+
+    def __init__(self, team: Team, program: Program, lowering: Lowering, kernels: Kernels) -> None:
+        self._team = team
+        self._program = program
+        self._kept = lowering  # the arena, the address tables and the views that the tape's arguments point into
+        self._arena = zeros((lowering.arena.size,), np.dtype(np.uint8))
+        base = self._arena.ctypes.data
+        self._control = zeros((CONTROL_SLOTS,), np.dtype(np.int64))
+        self._arguments, self._tape = lowering.link(kernels.address, base, self._control.ctypes.data)
+        self._input = self._piece(lowering.offset(program.input), program.tokens, np.dtype(np.int32))
+        rows = program.output.shape[0]
+        flat = self._piece(lowering.offset(program.output), rows * program.output.shape[1], np.dtype(np.float32))
+        self._output = flat.reshape(rows, -1)
+
+    def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
+        self._input[: tokens.size] = tokens
+        self._control[0], self._control[1] = tokens.size, position
+        self._team.run(self._tape.ctypes.data, len(self._tape))
+        return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
+
+    def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+        return self._arena[offset : offset + count * kind.itemsize].view(kind)
+
+
+def zeros(shape: tuple[int, ...], kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    """np.zeros whose first element stands at a multiple of 64 bytes; untouched pages take no memory."""
+    count = int(np.prod(shape))
+    raw = np.zeros(count * kind.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count * kind.itemsize].view(kind).reshape(shape)

@@ -1,0 +1,348 @@
+"""Routing and experts on the cpu; the contracts are `ops.Ops.route` and `ops.Ops.experts`.
+
+One token: its experts' rows are one parallel region. A chunk: tokens are sorted by expert, each expert's GEMM runs over its own
+tokens, and every token adds up its shares in the order of its ids, so that results do not depend on what else is in the chunk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localmoe.kernels.cpu import gemm
+from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.linear import dequantise_kernel, gemv_kernel, quantised
+from localmoe.kernels.program import Op, Router, Tensor
+
+if TYPE_CHECKING:
+    from localmoe.kernels.cpu.lower import At, Lowering
+
+EXPERT_ROWS = 16 * gemm.STRIP_ROWS  # rows of one expert's weight that a thread takes at a time
+
+
+@kernel("route", 3)
+def route(v: Any) -> Any:
+    """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid, bias (0: none), groups, groups used, 1 for
+    top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread."""
+    slot, rows = slots(v), row_count(v)
+    scores_of, mask_groups, best = _scores(v), _mask_groups(v), _best(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, count, used, bias = rows(a), slot(a, 3), slot(a, 6), slot(a, 8)
+        scores = slot(a, 14) + thread * slot(a, 15)
+        standing = scores + 4 * ((count + 15) // 16 * 16)
+        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            scores_of(slot(a, 2) + 4 * t * count, scores, count, slot(a, 7))
+            for e in range(0, 4 * count, 4):
+                s = v.load(v.float32, scores + e)
+                v.store(standing + e, s + v.load(v.float32, bias + e) if bias != 0 else s)
+            if slot(a, 9) > 1:
+                mask_groups(standing, count, slot(a, 9), slot(a, 10), slot(a, 11))
+            total = np.float32(0)
+            ids, shares = slot(a, 4) + 4 * t * used, slot(a, 5) + 4 * t * used
+            for c in range(0, 4 * used, 4):
+                e = best(standing, count)
+                s = v.load(v.float32, scores + 4 * e)
+                v.store(standing + 4 * e, np.float32(-np.inf))
+                v.store(ids + c, v.convert(v.int32, e))
+                v.store(shares + c, s)
+                total += s
+            scale = v.load(v.float32, a + 104)
+            if slot(a, 12) == 1:
+                scale = scale / (total + np.float32(1e-20))
+            for c in range(0, 4 * used, 4):
+                v.store(shares + c, v.load(v.float32, shares + c) * scale)
+
+    return run
+
+
+def _scores(v: Any) -> Any:
+    def scores_of(logits, scores, count, sigmoid):  # type: ignore[no-untyped-def]
+        one = v.splat(v.f32, np.float32(1))
+        highest = np.float32(-np.inf)
+        for e in range(count):
+            x = v.load(v.float32, logits + 4 * e)
+            v.store(scores + 4 * e, x)
+            highest = max(highest, x)
+        for e in range(0, 4 * count, 4 * v.lanes):
+            x = v.load(v.f32, scores + e)
+            v.store(scores + e, one / (one + v.exp(-x)) if sigmoid == 1 else v.exp(x - v.splat(v.f32, highest)))
+        if sigmoid != 1:
+            total = np.float32(0)
+            for e in range(count):
+                total += v.load(v.float32, scores + 4 * e)
+            for e in range(count):
+                v.store(scores + 4 * e, v.load(v.float32, scores + 4 * e) / total)
+
+    return v.function(scores_of)
+
+
+def _best(v: Any) -> Any:
+    def best(values, count):  # type: ignore[no-untyped-def]
+        chosen, highest = 0, v.load(v.float32, values)
+        for e in range(1, count):
+            x = v.load(v.float32, values + 4 * e)
+            if x > highest:
+                chosen, highest = e, x
+        return chosen
+
+    return v.function(best)
+
+
+def _mask_groups(v: Any) -> Any:
+    best = _best(v)
+
+    def mask_groups(standing, count, groups, kept, two):  # type: ignore[no-untyped-def]
+        width, strength = count // groups, standing + 4 * ((count + 15) // 16 * 16)
+        for g in range(groups):
+            first, second = np.float32(-np.inf), np.float32(-np.inf)
+            for e in range(g * width, (g + 1) * width):
+                x = v.load(v.float32, standing + 4 * e)
+                if x > first:
+                    first, second = x, first
+                elif x > second:
+                    second = x
+            v.store(strength + 4 * g, first + second if two == 1 else first)
+        for _ in range(kept):
+            v.store(strength + 4 * best(strength, groups), np.float32(-np.inf))
+        for g in range(groups):
+            if v.load(v.float32, strength + 4 * g) > np.float32(-np.inf):  # not among the kept: these were lowered
+                for e in range(g * width, (g + 1) * width):
+                    v.store(standing + 4 * e, np.float32(-np.inf))
+
+    return v.function(mask_groups)
+
+
+@kernel("experts_gemv", 3)
+def experts_gemv(v: Any) -> Any:
+    """One token: rows of its experts' weights. Arguments: control, rows, ids, used, count, then for each weight: matrix-vector
+    kernel, table of experts, row bytes, activations, their bytes from one expert to the next, out, columns, rows."""
+    slot = slots(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        for w in range(a + 40, a + 40 + 64 * slot(a, 4), 64):
+            height = slot(w, 7)
+            units = height * slot(a, 3)
+            start, stop = units * thread // threads, units * (thread + 1) // threads
+            for c in range(start // height, (stop + height - 1) // height):
+                matrix = slot(slot(w, 1), v.load(v.int32, slot(a, 2) + 4 * c))
+                x, out = slot(w, 3) + c * slot(w, 4), slot(w, 5) + 4 * c * height
+                first, last = max(start - c * height, 0), min(stop - c * height, height)
+                v.call(slot(w, 0), matrix, slot(w, 2), x, out, slot(w, 6), first, last)
+
+    return run
+
+
+@kernel("experts_group", 3)
+def experts_group(v: Any) -> Any:
+    """Sort a chunk's choices by expert (the first thread alone). Arguments: control, rows, ids, used, experts, places (choice ->
+    row in the sorted order), starts (experts + 1 first rows), panel starts (likewise, in panels), counters to clear, how many."""
+    slot, rows = slots(v), row_count(v)
+    wide = gemm.panel_tokens(v.isa)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        if thread > 0:
+            return
+        ids, count, places, starts, panels = slot(a, 2), slot(a, 4), slot(a, 5), slot(a, 6), slot(a, 7)
+        choices = rows(a) * slot(a, 3)
+        for i in range(slot(a, 9)):
+            v.store(slot(a, 8) + 8 * i, 0)
+        for e in range(count + 1):
+            v.store(starts + 8 * e, 0)
+        for i in range(choices):
+            e = v.load(v.int32, ids + 4 * i) + 1
+            v.store(starts + 8 * e, slot(starts, e) + 1)
+        v.store(panels, 0)
+        for e in range(count):
+            many = slot(starts, e + 1)
+            v.store(starts + 8 * (e + 1), slot(starts, e) + many)
+            v.store(panels + 8 * (e + 1), slot(panels, e) + (many + wide - 1) // wide)
+        for i in range(choices):  # starts move on while places are given, and back again below
+            e = v.load(v.int32, ids + 4 * i)
+            v.store(places + 8 * i, slot(starts, e))
+            v.store(starts + 8 * e, slot(starts, e) + 1)
+        for e in range(count, 0, -1):
+            v.store(starts + 8 * e, slot(starts, e - 1))
+        v.store(starts, 0)
+
+    return run
+
+
+@kernel("experts_gather", 3)
+def experts_gather(v: Any) -> Any:
+    """Copy each choice's row of x to its place. Arguments: control, rows, x, its row stride (bytes), used, places, out, columns."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        used, columns = slot(a, 4), slot(a, 7)
+        choices = rows(a) * used
+        for i in range(choices * thread // threads, choices * (thread + 1) // threads):
+            source, target = slot(a, 2) + i // used * slot(a, 3), slot(a, 6) + 4 * slot(slot(a, 5), i) * columns
+            for k in range(0, 4 * columns, 4):
+                v.store(target + k, v.load(v.float32, source + k))
+
+    return run
+
+
+@kernel("experts_pack", 3)
+def experts_pack(v: Any) -> Any:
+    """Each expert's rows into its panels. Arguments: control, rows, x (sorted), columns, starts, panel starts, experts, panels,
+    packing kernel, counter."""
+    slot = slots(v)
+    wide = gemm.panel_tokens(v.isa)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        columns, starts = slot(a, 3), slot(a, 4)
+        while True:
+            e = v.atomic_add(slot(a, 9), 1)
+            if e >= slot(a, 6):
+                return
+            first, count = slot(starts, e), slot(starts, e + 1) - slot(starts, e)
+            if count > 0:
+                target = slot(a, 7) + 4 * columns * wide * slot(slot(a, 5), e)
+                v.call(slot(a, 8), slot(a, 2) + 4 * first * columns, 4 * columns, count, columns, target)
+
+    return run
+
+
+@kernel("experts_gemm", 3)
+def experts_gemm(v: Any) -> Any:
+    """Each expert's weight times its packed rows; threads take (weight, expert, rows) as they come. Arguments: control, rows,
+    columns, starts, panel starts, experts, panels, GEMM kernel, scratch, its bytes a thread, counter, rows of a weight, count, then
+    for each weight: dequantise kernel, table of experts, row bytes, out (sorted rows)."""
+    slot = slots(v)
+    block = v.stack(8 * gemm.ARGUMENTS)
+    wide = gemm.panel_tokens(v.isa)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        columns, starts, count, height, b = slot(a, 2), slot(a, 3), slot(a, 5), slot(a, 11), block()
+        pieces = (height + EXPERT_ROWS - 1) // EXPERT_ROWS
+        while True:
+            unit = v.atomic_add(slot(a, 10), 1)
+            if unit >= slot(a, 12) * count * pieces:
+                return
+            w, e, piece = a + 104 + 32 * (unit // (count * pieces)), unit // pieces % count, unit % pieces
+            first, tokens = slot(starts, e), slot(starts, e + 1) - slot(starts, e)
+            if tokens > 0:
+                v.store(b, slot(w, 0))
+                v.store(b + 8, slot(slot(w, 1), e))
+                v.store(b + 16, slot(w, 2))
+                v.store(b + 24, slot(a, 6) + 4 * columns * wide * slot(slot(a, 4), e))
+                v.store(b + 32, slot(w, 3) + 4 * first * height)
+                v.store(b + 40, 4 * height)
+                v.store(b + 48, tokens)
+                v.store(b + 56, columns)
+                v.store(b + 64, piece * EXPERT_ROWS)
+                v.store(b + 72, min(height, (piece + 1) * EXPERT_ROWS))
+                v.store(b + 80, slot(a, 8) + thread * slot(a, 9))
+                v.call(slot(a, 7), b)
+
+    return run
+
+
+@kernel("experts_combine", 3)
+def experts_combine(v: Any) -> Any:
+    """out = Σ share · y over a token's choices, in order. Arguments: control, rows, y, shares, used, places (0: choice order), out,
+    columns."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        used, columns, places = slot(a, 4), slot(a, 7), slot(a, 5)
+        blocks = rows(a) * columns
+        for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+            t, column = i // columns, i % columns
+            total = np.float32(0)
+            for c in range(t * used, (t + 1) * used):
+                place = slot(places, c) if places != 0 else c
+                y = v.load(v.float32, slot(a, 2) + 4 * (place * columns + column))
+                total += v.load(v.float32, slot(a, 3) + 4 * c) * y
+            v.store(slot(a, 6) + 4 * i, total)
+
+    return run
+
+
+def lower_route(lowering: Lowering, op: Op) -> None:
+    (logits,), (ids, shares) = op.inputs, op.outputs
+    r: Router = op.attributes["router"]
+    count = logits.shape[1]
+    bias = lowering.floats(op.weights[0]) if op.weights else 0
+    nbytes = 4 * (2 * (-(-count // 16) * 16) + -(-max(r.groups, 16) // 16) * 16)
+    place = (lowering.at(logits), count, lowering.at(ids), lowering.at(shares), r.used, int(r.score == "sigmoid"), bias)
+    groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
+    lowering.emit("route", logits, *place, *groups, lowering.temporary(nbytes * lowering.threads), nbytes)
+
+
+def lower_experts(lowering: Lowering, op: Op) -> None:
+    if op.inputs[0].shape[0] == 1:
+        _lower_one(lowering, op)
+    else:
+        _lower_chunk(lowering, op)
+
+
+def _lower_one(lowering: Lowering, op: Op) -> None:
+    from localmoe.kernels.cpu.lower import Function
+
+    (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
+    used, width = ids.shape[1], gate.rows
+    opened = [lowering.scratch((used, width)) for _ in range(2)]
+    forms = {kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w)[1] for w in (gate, up))}
+    arguments: list[Any] = []
+    for weight, target in zip((gate, up), opened, strict=True):
+        name, kind = gemv_kernel(weight)
+        place = (Function(name), lowering.addresses(weight), weight.row_nbytes, forms[kind], 0, lowering.at(target))
+        arguments += [*place, weight.columns, weight.rows]
+    lowering.emit("experts_gemv", x, lowering.at(ids), used, 2, *arguments)
+    hidden, closed = lowering.scratch((used, width)), lowering.scratch((used, down.rows))
+    flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
+    lowering.emit(f"glu_{op.attributes['kind']}", hidden, *flow, width, 0)
+    name, kind = gemv_kernel(down)
+    place, stride, _ = quantised(lowering, hidden, kind)
+    last = (Function(name), lowering.addresses(down), down.row_nbytes, place, stride, lowering.at(closed))
+    lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows)
+    total = (lowering.at(closed), lowering.at(shares), used, 0, lowering.at(out), down.rows)
+    lowering.emit("experts_combine", x, *total)
+
+
+def _lower_chunk(lowering: Lowering, op: Op) -> None:
+    from localmoe.kernels.cpu.lower import Function
+
+    (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
+    used, count, width = ids.shape[1], gate.shape[0], gate.rows
+    choices, wide = x.shape[0] * used, gemm.panel_tokens(lowering.isa)
+    panel_rows = wide * min(choices // wide + count, choices)
+    places, starts = lowering.temporary(8 * choices), lowering.temporary(8 * (count + 1))
+    panel_starts, counters = lowering.temporary(8 * (count + 1)), lowering.temporary(8 * 4)
+    scratch_nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
+    scratch = lowering.temporary(scratch_nbytes * lowering.threads)
+
+    def counter(i: int) -> At:
+        return type(counters)(counters.offset + 8 * i)
+
+    def multiply(source: Tensor, weights: list[Any], targets: list[Tensor], turn: int) -> None:
+        columns = source.shape[1]
+        panels = lowering.temporary(4 * panel_rows * columns)
+        order = (starts, panel_starts, count)
+        packing = (lowering.at(source), columns, *order, panels, Function("pack_panel"), counter(2 * turn))
+        lowering.emit("experts_pack", x, *packing)
+        each = [
+            argument
+            for w, target in zip(weights, targets, strict=True)
+            for argument in (Function(dequantise_kernel(w)), lowering.addresses(w), w.row_nbytes, lowering.at(target))
+        ]
+        room = (panels, Function("gemm"), scratch, scratch_nbytes, counter(2 * turn + 1))
+        lowering.emit("experts_gemm", x, columns, *order, *room, weights[0].rows, len(weights), *each)
+
+    lowering.emit("experts_group", x, lowering.at(ids), used, count, places, starts, panel_starts, counters, 4)
+    gathered = lowering.scratch((choices, x.shape[1]))
+    row = (lowering.at(x), 4 * x.strides[0], used, places, lowering.at(gathered), x.shape[1])
+    lowering.emit("experts_gather", x, *row)
+    opened = [lowering.scratch((choices, width)) for _ in range(2)]
+    multiply(gathered, [gate, up], opened, 0)
+    hidden, closed = lowering.scratch((choices, width)), lowering.scratch((choices, down.rows))
+    flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
+    lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)  # `used` rows of it for each token
+    multiply(hidden, [down], [closed], 1)
+    total = (lowering.at(closed), lowering.at(shares), used, places, lowering.at(out), down.rows)
+    lowering.emit("experts_combine", x, *total)

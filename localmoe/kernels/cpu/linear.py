@@ -1,0 +1,228 @@
+"""Matrix products on the cpu: one row by matrix-vector kernels, many rows by the float GEMM; contracts `linear` and `head_linear`.
+
+A single row is quantised to the form that its weights' kernels read; a chunk stays float32 and the weights are dequantised strip by
+strip. Threads share out the rows of a weight, each row's sum has one order: results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from localmoe.formats import Weight
+from localmoe.kernels.cpu import gemm, matmul, matmul_avx512  # noqa: F401  (registers the avx512 kernels)
+from localmoe.kernels.cpu.activations import QUANTISERS, activation_nbytes
+from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.program import Op, Tensor
+
+if TYPE_CHECKING:
+    from localmoe.kernels.cpu.lower import Argument, At, Lowering
+
+
+@kernel("quantise_rows", 3)
+def quantise_rows(v: Any) -> Any:
+    """Arguments: control, rows, x, token and head strides (bytes), heads, activations, bytes of a row of them, columns, quantiser."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        heads = slot(a, 5)
+        units = rows(a) * heads
+        for row in range(units * thread // threads, units * (thread + 1) // threads):
+            source = slot(a, 2) + row // heads * slot(a, 3) + row % heads * slot(a, 4)
+            v.call(slot(a, 9), source, slot(a, 6) + row * slot(a, 7), slot(a, 8))
+
+    return run
+
+
+@kernel("gemv_weights", 3)
+def gemv_weights(v: Any) -> Any:
+    """One row times several weights. Arguments: control, rows, count, then for each weight: matrix-vector kernel, weights, row
+    bytes, activations, out, columns, rows, bias (0: none)."""
+    slot = slots(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        for w in range(a + 24, a + 24 + 64 * slot(a, 2), 64):
+            start, stop = slot(w, 6) * thread // threads, slot(w, 6) * (thread + 1) // threads
+            v.call(slot(w, 0), slot(w, 1), slot(w, 2), slot(w, 3), slot(w, 4), slot(w, 5), start, stop)
+            if slot(w, 7) != 0:
+                for r in range(4 * start, 4 * stop, 4):
+                    v.store(slot(w, 4) + r, v.load(v.float32, slot(w, 4) + r) + v.load(v.float32, slot(w, 7) + r))
+
+    return run
+
+
+@kernel("pack_rows", 3)
+def pack_rows(v: Any) -> Any:
+    """Rows into panels for the GEMM. Arguments: control, rows, x, its row stride (bytes), columns, panels, packing kernel."""
+    slot, rows = slots(v), row_count(v)
+    wide = gemm.panel_tokens(v.isa)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, stride, columns = rows(a), slot(a, 3), slot(a, 4)
+        panels = (tokens + wide - 1) // wide
+        for p in range(panels * thread // threads, panels * (thread + 1) // threads):
+            first = p * wide
+            count = min(wide, tokens - first)
+            v.call(slot(a, 6), slot(a, 2) + first * stride, stride, count, columns, slot(a, 5) + 4 * first * columns)
+
+    return run
+
+
+@kernel("gemm_weights", 3)
+def gemm_weights(v: Any) -> Any:
+    """Packed rows times several weights. Arguments: control, rows, count, GEMM kernel, panels, columns, scratch, its bytes a
+    thread, then for each weight: dequantise kernel, weights, row bytes, out, rows, bias (0: none)."""
+    slot, rows = slots(v), row_count(v)
+    block = v.stack(8 * gemm.ARGUMENTS)
+    strip = gemm.STRIP_ROWS
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, b = rows(a), block()
+        for w in range(a + 64, a + 64 + 48 * slot(a, 2), 48):
+            count, out = slot(w, 4), slot(w, 3)
+            strips = (count + strip - 1) // strip
+            start, stop = strips * thread // threads * strip, min(count, strips * (thread + 1) // threads * strip)
+            if start >= stop:
+                continue
+            v.store(b, slot(w, 0))
+            v.store(b + 8, slot(w, 1))
+            v.store(b + 16, slot(w, 2))
+            v.store(b + 24, slot(a, 4))
+            v.store(b + 32, out)
+            v.store(b + 40, 4 * count)
+            v.store(b + 48, tokens)
+            v.store(b + 56, slot(a, 5))
+            v.store(b + 64, start)
+            v.store(b + 72, stop)
+            v.store(b + 80, slot(a, 6) + thread * slot(a, 7))
+            v.call(slot(a, 3), b)
+            if slot(w, 5) != 0:
+                for t in range(tokens):
+                    row = out + 4 * t * count
+                    for r in range(4 * start, 4 * stop, 4):
+                        v.store(row + r, v.load(v.float32, row + r) + v.load(v.float32, slot(w, 5) + r))
+
+    return run
+
+
+@kernel("gemv_heads", 3)
+def gemv_heads(v: Any) -> Any:
+    """Each head's row times its matrix. Arguments: control, rows, heads, matrix-vector kernel, table of matrices, row bytes,
+    activations, their token and head strides (bytes), out, columns, rows of a matrix."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, heads, height = rows(a), slot(a, 2), slot(a, 11)
+        units = tokens * heads
+        for unit in range(units * thread // threads, units * (thread + 1) // threads):
+            head, t = unit // tokens, unit % tokens  # all tokens of a head in turn: its matrix stays in cache
+            x = slot(a, 6) + t * slot(a, 7) + head * slot(a, 8)
+            out = slot(a, 9) + 4 * (t * heads + head) * height
+            v.call(slot(a, 3), slot(slot(a, 4), head), slot(a, 5), x, out, slot(a, 10), 0, height)
+
+    return run
+
+
+@kernel("gemv_heads_transposed", 3)
+def gemv_heads_transposed(v: Any) -> Any:
+    """Each head's row times its matrix transposed: rows are dequantised one by one and added up. Arguments: control, rows, heads,
+    dequantise kernel, table of matrices, row bytes, x, token and head strides (bytes), out, columns, rows of a matrix, scratch,
+    its bytes a thread."""
+    slot, rows = slots(v), row_count(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, heads, columns, height = rows(a), slot(a, 2), slot(a, 10), slot(a, 11)
+        values = slot(a, 12) + thread * slot(a, 13)
+        for head in range(heads * thread // threads, heads * (thread + 1) // threads):
+            for t in range(tokens):
+                for i in range(columns):
+                    v.store(slot(a, 9) + 4 * ((t * heads + head) * columns + i), v.convert(v.float32, 0))
+            for r in range(height):
+                v.call(slot(a, 3), slot(slot(a, 4), head) + r * slot(a, 5), values, columns)
+                for t in range(tokens):
+                    x = v.load(v.float32, slot(a, 6) + t * slot(a, 7) + head * slot(a, 8) + 4 * r)
+                    out = slot(a, 9) + 4 * (t * heads + head) * columns
+                    for i in range(0, 4 * columns, 4):
+                        v.store(out + i, v.load(v.float32, out + i) + x * v.load(v.float32, values + i))
+
+    return run
+
+
+def gemv_kernel(weight: Weight) -> tuple[str, str]:
+    """The matrix-vector kernel of a weight's format, and the form of activations it reads."""
+    name = weight.format.name
+    return matmul.FAST.get(name, (f"gemv_{name.lower()}", "f32"))
+
+
+def dequantise_kernel(weight: Weight) -> str:
+    return f"dequantise_{weight.format.name.lower()}"
+
+
+def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
+    """Where the activations of x stand in the form `kind`, with their token and head strides in bytes; x itself for f32."""
+    from localmoe.kernels.cpu.lower import Function
+
+    heads, head_stride = (x.shape[1], 4 * x.strides[1]) if len(x.shape) == 3 else (1, 0)
+    if kind == "f32":
+        return lowering.at(x), 4 * x.strides[0], head_stride
+    columns = x.shape[-1]
+    nbytes = activation_nbytes(kind, columns)
+    place = lowering.temporary(nbytes * x.shape[0] * heads)
+    source = (lowering.at(x), 4 * x.strides[0], head_stride, heads)
+    lowering.emit("quantise_rows", x, *source, place, nbytes, columns, Function(QUANTISERS[kind]))
+    return place, nbytes * heads, nbytes
+
+
+def packed(lowering: Lowering, x: Tensor) -> At:
+    """Room for the panels of x (T, K), and the op that fills it."""
+    from localmoe.kernels.cpu.lower import Function
+
+    wide = gemm.panel_tokens(lowering.isa)
+    tokens = -(-x.shape[0] // wide) * wide
+    panels = lowering.temporary(4 * tokens * x.shape[1])
+    lowering.emit("pack_rows", x, lowering.at(x), 4 * x.strides[0], x.shape[1], panels, Function("pack_panel"))
+    return panels
+
+
+def lower_linear(lowering: Lowering, op: Op) -> None:
+    from localmoe.kernels.cpu.lower import Function
+
+    (x,), flags = op.inputs, op.attributes["biased"]
+    biases = iter(op.weights[len(flags) :])
+    shift = [lowering.floats(next(biases)) if biased else 0 for biased in flags]
+    pairs = list(zip(op.weights, op.outputs, shift, strict=False))
+    inexact = op.attributes["exact"] and any(gemv_kernel(w)[1] != "f32" for w, _, _ in pairs)
+    arguments: list[Argument] = []
+    if x.shape[0] == 1 and not inexact:
+        forms = {kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w)[1] for w, _, _ in pairs)}
+        for weight, out, bias in pairs:
+            name, kind = gemv_kernel(weight)
+            place = (Function(name), lowering.address(weight), weight.row_nbytes, forms[kind], lowering.at(out))
+            arguments += [*place, weight.columns, weight.rows, bias]
+        lowering.emit("gemv_weights", x, len(pairs), *arguments)
+        return
+    panels = packed(lowering, x)
+    for weight, out, bias in pairs:
+        function = Function(dequantise_kernel(weight))
+        arguments += [function, lowering.address(weight), weight.row_nbytes, lowering.at(out), weight.rows, bias]
+    nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
+    scratch = lowering.temporary(nbytes * lowering.threads)
+    lowering.emit("gemm_weights", x, len(pairs), Function("gemm"), panels, x.shape[1], scratch, nbytes, *arguments)
+
+
+def lower_head_linear(lowering: Lowering, op: Op) -> None:
+    from localmoe.kernels.cpu.lower import Function
+
+    (x,), (out,), (weight,) = op.inputs, op.outputs, op.weights
+    heads, table = x.shape[1], lowering.addresses(weight)
+    if op.attributes["transposed"]:
+        nbytes = -(-4 * weight.columns // 64) * 64
+        source = (lowering.at(x), 4 * x.strides[0], 4 * x.strides[1], lowering.at(out), weight.columns, weight.rows)
+        scratch = lowering.temporary(nbytes * lowering.threads)
+        function = Function(dequantise_kernel(weight))
+        lowering.emit("gemv_heads_transposed", x, heads, function, table, weight.row_nbytes, *source, scratch, nbytes)
+        return
+    name, kind = gemv_kernel(weight)
+    place, token_stride, head_stride = quantised(lowering, x, kind)
+    source = (place, token_stride, head_stride, lowering.at(out), weight.columns, weight.rows)
+    lowering.emit("gemv_heads", x, heads, Function(name), table, weight.row_nbytes, *source)

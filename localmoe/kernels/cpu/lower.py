@@ -1,0 +1,197 @@
+"""Lowering: each op of a Program to tape entries, each buffer to a place in the arena; knows kernels by name only.
+
+Every argument block begins with the address of the control slots (tokens, position) and a fixed row count (0: as many as tokens).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.formats import Weight
+from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope
+from localmoe.kernels.program import Op, Program, Tensor, contiguous
+
+if TYPE_CHECKING:
+    from localmoe.kernels.cpu.device import CpuDevice
+
+CONTROL_SLOTS = 8
+LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A place in the arena, in bytes; becomes an address when the tape is linked."""
+
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A kernel by name; becomes its address when the tape is linked."""
+
+    name: str
+
+
+Argument = int | float | At | Function
+ADDRESS_OF_CONTROL = At(-1)
+
+
+@dataclass
+class Arena:
+    """First-fit places for buffers that live from one op to another; `size` is the most that was ever in use."""
+
+    size: int = 0
+    free: list[tuple[int, int]] = field(default_factory=list)  # (offset, length), in order
+    taken: dict[int, int] = field(default_factory=dict)
+
+    def take(self, nbytes: int) -> int:
+        length = max(LINE, -(-nbytes // LINE) * LINE)
+        for i, (offset, room) in enumerate(self.free):
+            if room >= length:
+                self.free[i : i + 1] = [(offset + length, room - length)] if room > length else []
+                self.taken[offset] = length
+                return offset
+        offset, self.size = self.size, self.size + length
+        self.taken[offset] = length
+        return offset
+
+    def give(self, offset: int) -> None:
+        pieces = sorted([*self.free, (offset, self.taken.pop(offset))])
+        merged = pieces[:1]
+        for start, length in pieces[1:]:
+            last, room = merged[-1]
+            if last + room == start:
+                merged[-1] = (last, room + length)
+            else:
+                merged.append((start, length))
+        self.free = merged
+
+
+class Lowering:
+    """Turns one Program into tape entries."""
+
+    def __init__(self, device: CpuDevice, program: Program) -> None:
+        self.device = device
+        self.program = program
+        self.isa = device.kernels.isa
+        self.threads = device.threads
+        self.arena = Arena()
+        self.kept: list[npt.NDArray[np.generic]] = []  # what argument blocks point at, beside the arena
+        self._places: dict[int, int] = {}
+        self._entries: list[tuple[str, tuple[Argument, ...]]] = []
+        self._temporary: list[int] = []
+
+    def run(self) -> None:
+        """Lower every op in order; a buffer's place is given back after its last use."""
+        last = self.program.last_uses()
+        self._place(self.program.input)
+        for i, op in enumerate(self.program.ops):
+            for tensor in op.outputs:
+                self._place(tensor)
+            LOWERINGS[op.name](self, op)
+            for offset in self._temporary:
+                self.arena.give(offset)
+            self._temporary.clear()
+            for buffer in {t.buffer for t in (*op.inputs, *op.outputs)}:
+                if last[buffer] == i and buffer != self.program.input.buffer:
+                    self.arena.give(self._places[buffer])
+
+    def emit(self, kernel: str, tensor: Tensor, *arguments: Argument) -> None:
+        """A tape entry whose rows are those of `tensor`: the step's tokens, or fixed."""
+        fixed = tensor.shape[0] if tensor.shape[0] != self.program.tokens or self.program.tokens == 1 else 0
+        self._entries.append((kernel, (ADDRESS_OF_CONTROL, fixed, *arguments)))
+
+    def at(self, tensor: Tensor) -> At:
+        """Where a tensor (or view) begins."""
+        return At(self._places[tensor.buffer] + 4 * tensor.offset)
+
+    def offset(self, tensor: Tensor) -> int:
+        return self._places[tensor.buffer]
+
+    def temporary(self, nbytes: int) -> At:
+        """Room that only the current op uses."""
+        self._temporary.append(self.arena.take(nbytes))
+        return At(self._temporary[-1])
+
+    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+        """A float32 buffer that only the current op uses."""
+        tensor = Tensor(-len(self._places) - 1, shape, contiguous(shape))
+        self._places[tensor.buffer] = self.temporary(4 * prod(shape)).offset
+        return tensor
+
+    def table(self, values: Iterable[int]) -> int:
+        """The address of a table of int64 (addresses of experts or heads) that lives as long as the plan."""
+        array = np.fromiter(values, np.int64)
+        self.kept.append(array)
+        return array.ctypes.data
+
+    def floats(self, weight: Weight) -> int:
+        """The address of a small weight (a norm, a bias) as float32, converted if the file holds another type."""
+        from localmoe.kernels.reference import values
+
+        array = np.ascontiguousarray(values(weight), np.float32)
+        self.kept.append(array)
+        return array.ctypes.data
+
+    def address(self, weight: Weight, matrix: int = 0) -> int:
+        """The address of a matrix of a weight, straight in the mapped file."""
+        return int(weight.slabs[matrix].ctypes.data)
+
+    def addresses(self, weight: Weight) -> int:
+        """The address of a table of all its matrices' addresses."""
+        return self.table(s.ctypes.data for s in weight.slabs)
+
+    def kernel_names(self) -> list[str]:
+        names = [name for name, _ in self._entries]
+        return names + [a.name for _, arguments in self._entries for a in arguments if isinstance(a, Function)]
+
+    def link(
+        self, address: Callable[[str], int], base: int, control: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The argument blocks and the tape, with every place and function an address."""
+
+        def number(a: Argument) -> int:
+            if isinstance(a, At):
+                return control if a is ADDRESS_OF_CONTROL else base + a.offset
+            if isinstance(a, Function):
+                return address(a.name)
+            return int.from_bytes(struct.pack("<f", a), "little") if isinstance(a, float) else a
+
+        blocks = [[number(a) for a in arguments] for _, arguments in self._entries]
+        starts = np.cumsum([0, *map(len, blocks)])
+        arguments = np.array([n for block in blocks for n in block], np.int64)
+        places = arguments.ctypes.data + 8 * starts[:-1]
+        kernels = [address(name) for name, _ in self._entries]
+        return arguments, np.stack([np.array(kernels, np.int64), places.astype(np.int64)], axis=1)
+
+    def _place(self, tensor: Tensor) -> None:
+        self._places[tensor.buffer] = self.arena.take(4 * prod(tensor.shape))
+
+
+def padded(width: int) -> int:
+    """Cache rows are padded to whole vectors of 16 elements."""
+    return -(-width // 16) * 16
+
+
+LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
+    "embed": activation.lower_embed,
+    "rms_norm": norm.lower_rms_norm,
+    "linear": linear.lower_linear,
+    "head_linear": linear.lower_head_linear,
+    "rope": rope.lower_rope,
+    "concat": activation.lower_concat,
+    "cache_append": attention.lower_cache_append,
+    "attention": attention.lower_attention,
+    "glu": activation.lower_glu,
+    "route": experts.lower_route,
+    "experts": experts.lower_experts,
+    "add": activation.lower_add,
+    "last_row": activation.lower_last_row,
+}

@@ -1,0 +1,56 @@
+"""The one place where a device is chosen; what a device and its plans must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.errors import DeviceError, SettingError
+from localmoe.kernels.program import Floats, Program
+
+DEVICES = ("cpu", "reference")
+KV_FORMATS = ("f16", "f32")
+Progress = Callable[[str, int, int], None]
+
+
+class Plan(Protocol):
+    """A compiled Program."""
+
+    def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
+        """1 to `program.tokens` token ids at cache positions position… -> logits (rows, V), a fresh array.
+
+        What stood in the cache at these positions is overwritten; what stands behind them no longer counts.
+        """
+        ...
+
+
+class Device(Protocol):
+    """Compiles Programs, and owns the KV cache and the buffers that their Plans share."""
+
+    name: str
+
+    def compile(self, program: Program) -> Plan: ...
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+        ...
+
+
+def open_device(
+    name: str, *, context: int, kv_format: str = "f16", threads: int | None = None, progress: Progress | None = None
+) -> Device:
+    """A device whose cache holds `context` tokens. Raises DeviceError for one that is not there."""
+    if kv_format not in KV_FORMATS:
+        raise SettingError(f"KV format {kv_format!r} is not known; these are: {', '.join(KV_FORMATS)}")
+    if name == "reference":
+        from localmoe.kernels.reference import ReferenceDevice
+
+        return ReferenceDevice(context, kv_format)
+    if name == "cpu":
+        from localmoe.kernels.cpu.device import CpuDevice
+
+        return CpuDevice(context, kv_format, threads, progress)
+    raise DeviceError(f"device {name!r} is not available; these are: {', '.join(DEVICES)}")

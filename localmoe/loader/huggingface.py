@@ -1,0 +1,149 @@
+"""Hugging Face folders read as if they were GGUF files: keys, tensor names and experts mapped, nothing copied."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from localmoe.errors import FileFormatError
+from localmoe.formats import Weight
+from localmoe.loader.checkpoint import stacked
+from localmoe.loader.huggingface_config import config_keys
+from localmoe.loader.safetensors import Entry, read_json, read_shards
+from localmoe.loader.source import LazyWeights, Source, read_small_file, shown
+
+SMALL, LARGE = 1 << 24, 1 << 26
+EXPERT = re.compile(r"(?P<head>.*\.experts)\.(?P<number>\d{1,6})\.(?P<tail>[^.]+)\.(?P<suffix>weight|bias)")
+LAYER = re.compile(r"model\.layers\.(?P<number>\d{1,6})\.(?P<rest>.*)")
+# Rope frequencies that old checkpoints store although config.json implies them.
+IMPLIED = re.compile(r".*\.rotary_emb\.inv_freq")
+# Names that the gguf package's map lacks: transformers' fused experts, which have no suffix.
+FUSED = {"mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight", "mlp.experts.down_proj": "ffn_down_exps.weight"}
+# generation_config.json's names for the sampling settings that GGUF keeps under general.sampling.
+SAMPLING = {
+    "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat",
+}  # fmt: skip
+
+
+def open_folder(path: Path) -> Source:
+    """Opens a folder with config.json and safetensors; reads headers and small JSON files only.
+
+    Metadata has GGUF's keys; what GGUF has no key for is named in its spirit (see huggingface_config). Experts of one
+    layer and projection are one stack with a slab each, whatever the file's form.
+
+    Raises: FileFormatError (broken, a shard or tensor missing), UnsupportedError (model_type, dtype or config value).
+    """
+    architecture, keys, tied = config_keys(read_json(path / "config.json", SMALL), str(path / "config.json"))
+    entries, nbytes = read_shards(path)
+    makers = _gguf_named(path, entries, architecture, keys[f"{architecture}.block_count"])
+    if tied:
+        makers.pop("output.weight", None)
+    elif tied is False and "output.weight" not in makers:
+        raise FileFormatError(
+            f"{path}: lm_head.weight is missing, though config.json says tie_word_embeddings is false"
+        )
+    metadata: dict[str, Any] = {"general.architecture": architecture, "general.name": path.resolve().name, **keys}
+    metadata.update(_sampling(path / "generation_config.json"))
+    metadata.update(_chat_templates(path))
+    return Source(path, "folder", metadata, LazyWeights(makers), nbytes, tokenizer_folder=path)
+
+
+def _gguf_named(
+    path: Path, entries: Mapping[str, Entry], architecture: str, layers: int
+) -> dict[str, Callable[[], Weight]]:
+    """Makers of tensors by GGUF name. Names without a place keep their own, for the checkpoint to refuse."""
+    rename = _renaming(architecture, layers)
+    makers: dict[str, Callable[[], Weight]] = {}
+    experts: dict[str, dict[int, Entry]] = {}
+    for name, entry in entries.items():
+        if IMPLIED.fullmatch(name):
+            continue
+        entry.require_readable()
+        single = EXPERT.fullmatch(name)
+        if single:
+            stack = rename(f"{single['head']}.{single['tail']}.{single['suffix']}")
+            if experts.setdefault(stack, {}).setdefault(int(single["number"]), entry) is not entry:
+                raise FileFormatError(
+                    f"{entry.path}: tensor {shown(name)} is a second expert {single['number']} of {shown(stack)}"
+                )
+            continue
+        _add(makers, rename(name), entry, partial(entry.weight, rename(name)))
+    for name, found in experts.items():
+        missing = next((number for number in range(len(found)) if number not in found), None)
+        if missing is not None:
+            raise FileFormatError(f"{path}: {shown(name)} has {len(found)} experts, but expert {missing} is missing")
+        ordered = [found[number] for number in range(len(found))]
+        _add(makers, name, ordered[0], partial(_stack, name, ordered))
+    return makers
+
+
+def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Entry, maker: Callable[[], Weight]) -> None:
+    if name in makers:
+        raise FileFormatError(f"{entry.path}: tensor {shown(entry.name)} is a second {shown(name)}")
+    makers[name] = maker
+
+
+def _stack(name: str, entries: list[Entry]) -> Weight:
+    return stacked(name, [entry.weight(entry.name) for entry in entries])
+
+
+def _renaming(architecture: str, layers: int) -> Callable[[str], str]:
+    """A function from Hugging Face's tensor names to GGUF's, by the gguf package's map of a model with one layer."""
+    import gguf  # late: it takes 80 ms, and GGUF files do without
+
+    known = next(id for id, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(known, 1)
+
+    def lookup(name: str) -> str | None:
+        plain = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        found: str | None = table.get_name(plain, try_suffixes=(".weight", ".bias"))
+        return found
+
+    def rename(name: str) -> str:
+        layer = LAYER.fullmatch(name)
+        if not layer:
+            return lookup(name) or name
+        number, rest = int(layer["number"]), layer["rest"]
+        if number >= layers:
+            return f"blk.{number}.nextn.{rest}"  # a multi-token-prediction layer
+        inner = FUSED.get(rest) or (lookup(f"model.layers.0.{rest}") or "").removeprefix("blk.0.")
+        return f"blk.{number}.{inner}" if inner else name
+
+    return rename
+
+
+def _sampling(path: Path) -> dict[str, Any]:
+    """The model's recommended sampling, where generation_config.json asks for sampling at all."""
+    found = read_json(path, SMALL) if os.path.isfile(path) else {}
+    if found.get("do_sample") is not True:
+        return {}
+    numbers = {name: found.get(name) for name in SAMPLING}
+    return {f"general.sampling.{SAMPLING[name]}": n for name, n in numbers.items() if type(n) in (int, float)}
+
+
+def _chat_templates(path: Path) -> dict[str, str]:
+    """Chat templates under GGUF's keys; a file of its own goes before tokenizer_config.json, as in transformers."""
+    own = path / "chat_template.jinja"
+    if os.path.isfile(own):
+        try:
+            return {"tokenizer.chat_template": read_small_file(own, SMALL).decode("utf-8")}
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{own}: not UTF-8 at byte {error.start}") from None
+    for file in (path / "chat_template.json", path / "tokenizer_config.json"):
+        found = read_json(file, LARGE).get("chat_template") if os.path.isfile(file) else None
+        if isinstance(found, str):
+            return {"tokenizer.chat_template": found}
+        if isinstance(found, list):
+            named = {
+                t["name"]: t["template"] for t in found if isinstance(t, dict) and {"name", "template"} <= t.keys()
+            }
+            return {
+                "tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}": template
+                for name, template in named.items()
+                if isinstance(name, str) and isinstance(template, str)
+            }
+    return {}

@@ -1,0 +1,68 @@
+"""From what a person types (a file, a folder, or nothing) to an opened source; must not know what is inside one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from localmoe.errors import FileFormatError
+from localmoe.loader.gguf import SPLIT_NAME, is_gguf, open_gguf
+from localmoe.loader.huggingface import open_folder
+from localmoe.loader.source import Source, listed, require_file
+
+BUNDLED = "localmoe-demo.gguf"
+POSSIBLE = "a GGUF file, or a folder with config.json and safetensors"
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a GGUF file (any part of a split one), a .safetensors file's folder, or a folder that holds one model.
+
+    Raises: FileFormatError, UnsupportedError.
+    """
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
+        return _open_directory(path)
+    require_file(path)
+    if path.suffix == ".safetensors" and not is_gguf(path):
+        if not os.path.isfile(path.parent / "config.json"):
+            raise FileFormatError(f"{path}: safetensors need config.json beside them, which is not in {path.parent}")
+        return open_folder(path.parent)
+    return open_gguf(path)
+
+
+def _open_directory(folder: Path) -> Source:
+    """Hugging Face's layout goes first: such folders may hold conversions as well."""
+    configured = os.path.isfile(folder / "config.json")
+    if configured and next(folder.glob("*.safetensors"), None):
+        return open_folder(folder)
+    models = one_per_model(sorted(folder.glob("*.gguf")))
+    if len(models) == 1:
+        return open_gguf(models[0])
+    if models:
+        names = listed([model.name for model in models])
+        raise FileFormatError(f"{folder}: holds {len(models)} models; name one of {names}")
+    if configured:
+        raise FileFormatError(f"{folder}: config.json is there, but no .safetensors file; expected {POSSIBLE}")
+    raise FileFormatError(f"{folder}: holds no model; expected {POSSIBLE}")
+
+
+def one_per_model(files: list[Path]) -> list[Path]:
+    """GGUF files, split ones counted once (by the first part that is there)."""
+    seen: dict[tuple[str, str], Path] = {}
+    for file in files:
+        match = SPLIT_NAME.fullmatch(file.name)
+        seen.setdefault((match["stem"], match["count"]) if match else (file.name, ""), file)
+    return list(seen.values())
+
+
+def bundled() -> Path:
+    """The demo model: beside the package in the source tree, inside it where it was installed.
+
+    Raises: FileFormatError where this installation has none.
+    """
+    package = Path(__file__).resolve().parent.parent
+    places = (package.parent / "models" / BUNDLED, package / "data" / BUNDLED, package / "models" / BUNDLED)
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileFormatError(f"the bundled model {BUNDLED} is not part of this installation; name a model: {POSSIBLE}")

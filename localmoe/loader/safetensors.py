@@ -1,0 +1,173 @@
+"""Safetensors files: the JSON header alone is read; must not know any architecture.
+
+Source of the layout: the safetensors specification. Eight bytes hold the header's length; offsets count from its end.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localmoe.errors import FileFormatError, UnsupportedError
+from localmoe.formats import FORMATS, Format, Weight
+from localmoe.loader.source import map_file, read_small_file, shown
+
+HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
+MATRIX_LIMIT = 1 << 16
+READABLE = ("F32", "F16", "BF16")
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: `start` and `stop` count from the beginning of `data`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    path: Path
+    data: mmap.mmap
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.dtype]
+
+    def require_readable(self) -> None:
+        """Raises: UnsupportedError for a dtype without a format here (float8, integers)."""
+        if self.dtype not in READABLE:
+            dtype = f"tensor {shown(self.name)} has dtype {shown(self.dtype)}"
+            raise UnsupportedError(f"{self.path}: {dtype}; possible are {', '.join(READABLE)}")
+
+    def weight(self, name: str) -> Weight:
+        """The tensor under GGUF's name, as views of the mapping."""
+        piece = np.frombuffer(self.data, np.uint8, self.stop - self.start, self.start)
+        return Weight.whole(name, self.shape or (1,), self.format, piece)
+
+
+def read_safetensors(path: Path) -> dict[str, Entry]:
+    """The tensors of one file by name, checked against the file: sizes, places, no two of them overlapping."""
+    data = map_file(path)
+    if len(data) < 8:
+        raise FileFormatError(f"{path}: {len(data)} bytes, expected at least the 8 of the header's length")
+    nbytes = int.from_bytes(data[:8], "little")
+    if nbytes > len(data) - 8:
+        raise FileFormatError(f"{path}: at byte 0: a header of {nbytes} bytes, the file has {len(data) - 8} left")
+    if nbytes > HEADER_LIMIT:
+        raise FileFormatError(f"{path}: at byte 0: a header of {nbytes} bytes, expected at most {HEADER_LIMIT}")
+    header = parse_json(data[8 : 8 + nbytes], f"{path}: header")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, data, name, found, 8 + nbytes) for name, found in header.items()}
+    for one, after in pairwise(sorted(entries.values(), key=lambda e: (e.start, e.stop))):
+        if after.start < one.stop:
+            names = f"{shown(one.name)} and {shown(after.name)}"
+            raise FileFormatError(f"{path}: tensors {names} overlap at byte {after.start}")
+    return entries
+
+
+def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> Entry:
+    tensor = f"{path}: tensor {shown(name)}"
+    if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
+        raise FileFormatError(f"{tensor} is {shown(found)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+    if not isinstance(dtype, str):
+        raise FileFormatError(f"{tensor} has dtype {shown(dtype)}, expected a name")
+    if not _whole_numbers(shape) or len(shape) > 8 or min(shape, default=1) < 1:
+        raise FileFormatError(f"{tensor} has shape {shown(shape)}, expected whole numbers from 1")
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FileFormatError(f"{tensor} has data_offsets {shown(offsets)}, expected a start and an end")
+    start, stop = begin + offsets[0], begin + offsets[1]
+    if stop > len(data):
+        raise FileFormatError(f"{tensor} ends at byte {stop}, the file at {len(data)}: is the download complete?")
+    if prod(shape[:-2]) > MATRIX_LIMIT:
+        raise FileFormatError(f"{tensor} has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
+    entry = Entry(name, dtype, tuple(shape), start, stop, path, data)
+    if dtype in READABLE and prod(shape) * entry.format.nbytes != stop - start:
+        expected = f"{prod(shape) * entry.format.nbytes} bytes for {dtype} {tuple(shape)}"
+        raise FileFormatError(f"{tensor} has {stop - start} bytes, expected {expected}")
+    return entry
+
+
+def read_shards(folder: Path) -> tuple[dict[str, Entry], int]:
+    """All tensors of a folder, single file or sharded by its index, and the bytes of the files."""
+    wanted = _weight_map(folder / INDEX_NAME) if os.path.exists(folder / INDEX_NAME) else {}
+    files = sorted(set(wanted.values())) or [_only_file(folder)]
+    missing = [name for name in files if not os.path.exists(folder / name)]
+    if missing:
+        raise FileFormatError(f"{folder / missing[0]}: no such file: {len(missing)} of {len(files)} shards are missing")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_safetensors(folder / file).items():
+            if name in entries:
+                raise FileFormatError(f"{entry.path}: tensor {shown(name)} is in {entries[name].path.name} too")
+            entries[name] = entry
+    for name, file in wanted.items():
+        if name not in entries or entries[name].path.name != file:
+            raise FileFormatError(f"{folder / file}: tensor {shown(name)} is not in it, though {INDEX_NAME} says so")
+    return entries, sum({entry.path: len(entry.data) for entry in entries.values()}.values())
+
+
+def _only_file(folder: Path) -> str:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE_NAME in files:
+        return SINGLE_NAME
+    if len(files) != 1:
+        found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
+        raise FileFormatError(f"{folder}: {found}, expected {SINGLE_NAME}, or shards with {INDEX_NAME}")
+    return files[0]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names and the files that hold them; a file name that leaves the folder is refused."""
+    found = read_json(index, HEADER_LIMIT).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise FileFormatError(f"{index}: weight_map is {shown(found)}, expected tensors and their files")
+    for name in found.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+            raise FileFormatError(f"{index}: {shown(name)} is named as a shard, expected a file name without a folder")
+    return found
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes."""
+    return parse_json(read_small_file(path, limit), str(path))
+
+
+def parse_json(text: bytes, origin: str) -> dict[str, Any]:
+    """A JSON object in which no key appears twice. Raises FileFormatError naming `origin` and the place."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise FileFormatError(f"{origin}: key {shown(name)} appears twice")
+            found[name] = value
+        return found
+
+    def number(name: str) -> Any:
+        raise FileFormatError(f"{origin}: the number {name} is not JSON")
+
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=number)
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{origin}: not JSON: {error.msg} at character {error.pos}") from None
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{origin}: not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError):
+        raise FileFormatError(f"{origin}: JSON beyond all measure (nesting or a number's digits)") from None
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{origin}: {shown(found)}, expected a JSON object")
+    return found
+
+
+def _whole_numbers(found: Any) -> bool:
+    return isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)

@@ -1,0 +1,187 @@
+"""An opened model: where the loader, a family, a device, the tokenizer and the template are joined; knows no conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.arch.table import family
+from localmoe.errors import DeviceError, SettingError
+from localmoe.kernels.open import Device, Plan, Progress, open_device
+from localmoe.kernels.ops import Ops, trace
+from localmoe.kernels.program import Floats, Program, Tensor
+from localmoe.loader.checkpoint import Checkpoint
+from localmoe.loader.locate import open_source
+from localmoe.loader.metadata import Metadata
+from localmoe.loader.source import Source
+from localmoe.memory import available_nbytes, readable_size
+from localmoe.sampling import recommended
+from localmoe.template import Template, reasoning_markers
+from localmoe.tokenizer import Tokenizer
+
+CHUNK = 256  # tokens of a prefill step: the float GEMM is at its rate from about 128 on, and Ctrl+C waits for one step
+SCORE_CHUNK = 64  # all logits of a step are kept: 64 rows of a 150,000-token vocabulary are 38 MB
+DEFAULT_CONTEXT = 8192
+LAZY_MODES = ("auto", "mmap", "off")
+
+
+class Network:
+    """The weights and settings of one model file, and the Programs that its family traces; holds no device."""
+
+    def __init__(self, source: Source) -> None:
+        """Raises UnsupportedError for what no family here implements, FileFormatError for tensors that do not fit it."""
+        self.source = source
+        self.metadata = Metadata(source.metadata, str(source.path))
+        self.module = family(self.metadata.architecture, str(source.path))
+        self.config: Any = self.module.Config.read(self.metadata)
+        self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
+        self.metadata.finish()
+        checkpoint = Checkpoint(source)
+        self.weights: Any = self.module.load(self.config, checkpoint)
+        checkpoint.finish()
+
+    def program(self, tokens: int, *, all_rows: bool = False) -> Program:
+        """Trace the family's forward pass for steps of up to `tokens` tokens."""
+
+        def forward(ops: Ops) -> Tensor:
+            result: Tensor = self.module.forward(ops, self.config, self.weights, ops.input, ops.cache)
+            return result
+
+        return trace(forward, tokens, all_rows=all_rows)
+
+
+class Model:
+    """A model on a device, with a KV cache of `context` tokens."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        lazy: str = "auto",
+        context: int | None = None,
+        kv_format: str = "f16",
+        progress: Progress | None = None,
+    ) -> None:
+        """Open a GGUF file or a Hugging Face folder. `progress` hears (what, done, total) of anything that takes time.
+
+        Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does not fit.
+        """
+        if lazy not in LAZY_MODES:
+            raise SettingError(f"loading mode {lazy!r} is not known; these are: {', '.join(LAZY_MODES)}")
+        self.source = open_source(path)
+        self.network = Network(self.source)
+        self.path = self.source.path
+        self.context = self._fitting_context(context, kv_format)
+        self.chunk = min(CHUNK, self.context)
+        if lazy == "off":
+            read_all(self.source, progress)
+        self.device: Device = open_device(
+            device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
+        )
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._plan(1, all_rows=False)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.source.metadata
+
+    @property
+    def architecture(self) -> str:
+        return self.network.metadata.architecture
+
+    @property
+    def name(self) -> str:
+        return str(self.metadata.get("general.name") or self.path.stem or self.path.name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Built when first asked for. Raises TokenizerError."""
+        folder = self.source.tokenizer_folder
+        return Tokenizer.from_folder(folder) if folder else Tokenizer.from_gguf(self.metadata)
+
+    @cached_property
+    def template(self) -> Template | None:
+        """The model's own chat template, if the file has one. Raises TemplateError when it does not parse."""
+        source = self.metadata.get("tokenizer.chat_template")
+        if not isinstance(source, str) or not source.strip():
+            return None
+        token, bos, eos = self.tokenizer.token, self.tokenizer.bos, self.tokenizer.eos
+        return Template(
+            source, name="the model's own", bos="" if bos is None else token(bos), eos="" if eos is None else token(eos)
+        )
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None:
+        """The markers around a reasoning block, when the template has them."""
+        source = self.metadata.get("tokenizer.chat_template")
+        return reasoning_markers(source) if isinstance(source, str) else None
+
+    @property
+    def recommended(self) -> dict[str, float | int]:
+        """The sampling settings that the file itself recommends (`general.sampling.*`)."""
+        return recommended(self.metadata)
+
+    def forward(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> Floats:
+        """1 to `chunk` tokens at cache positions position… -> logits of the last (1, V), or of all (T, V).
+
+        Raises DeviceError beyond the context, SettingError for ids outside the vocabulary.
+        """
+        ids = np.asarray(tokens, np.int64)
+        vocabulary = self.network.config.vocabulary
+        if ids.size == 0 or ids.min() < 0 or ids.max() >= vocabulary:
+            raise SettingError(f"token ids must be between 0 and {vocabulary - 1}, and at least one")
+        if position + ids.size > self.context:
+            raise DeviceError(f"{position + ids.size} tokens do not fit the context of {self.context}; open with a larger context")
+        if not all_logits:
+            return self._plan(1 if ids.size == 1 else self.chunk, all_rows=False).run(ids.astype(np.int32), position)
+        step = min(SCORE_CHUNK, self.context)
+        plan = self._plan(step, all_rows=True)
+        pieces = (ids[i : i + step] for i in range(0, ids.size, step))
+        return np.concatenate([plan.run(p.astype(np.int32), position + i * step) for i, p in enumerate(pieces)])
+
+    def close(self) -> None:
+        """Stop the device's threads and free the cache."""
+        self._plans.clear()
+        self.device.close()
+
+    def _plan(self, tokens: int, *, all_rows: bool) -> Plan:
+        key = (tokens, all_rows)
+        if key not in self._plans:
+            self._plans[key] = self.device.compile(self.network.program(tokens, all_rows=all_rows))
+        return self._plans[key]
+
+    def _fitting_context(self, asked: int | None, kv_format: str) -> int:
+        """The context to allocate: what was asked, else the trained one up to 8192; refused with numbers when memory lacks."""
+        trained = self.network.trained_context
+        if asked is not None and asked < 1:
+            raise SettingError(f"a context of {asked} tokens is not possible; at least 1 is")
+        context = asked or min(trained, DEFAULT_CONTEXT)
+        per_token = self.network.program(1).cache_elements() * (2 if kv_format == "f16" else 4)
+        free = available_nbytes()
+        if context * per_token > free:
+            raise DeviceError(
+                f"{self.source.path}: a context of {context} tokens needs {readable_size(context * per_token)} for keys and values,"
+                f" and {readable_size(free)} are free; at most {free // per_token} tokens fit"
+            )
+        return context
+
+
+def read_all(source: Source, progress: Progress | None = None) -> None:
+    """Read every weight byte once, so that the page cache holds the file before the first token."""
+    done = 0
+    report = partial(progress, "reading weights") if progress else None
+    for weight in source.tensors.values():
+        for slab in weight.slabs:
+            slab[:: 1024].max(initial=0)
+            done += slab.size
+        if report:
+            report(done, source.nbytes)
+
+

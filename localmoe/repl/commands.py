@@ -1,0 +1,142 @@
+"""The slash commands: one decorated function each; `/help`, completion and the manual read the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from localmoe.errors import SettingError
+from localmoe.repl.talk import Talk
+from localmoe.settings import SETTINGS, allowed
+
+Action = Callable[[Talk, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A slash command: `complete` gives the words that may follow, `usage` what the user types after the name."""
+
+    name: str
+    help: str
+    usage: str
+    aliases: tuple[str, ...]
+    complete: Callable[[], Iterable[str]]
+    run: Action
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    name: str,
+    *,
+    help: str,
+    usage: str = "",
+    aliases: tuple[str, ...] = (),
+    complete: Callable[[], Iterable[str]] = tuple,
+) -> Callable[[Action], Action]:
+    """Enter a function (talk, rest of the line) into the table under `/name`."""
+
+    def enter(run: Action) -> Action:
+        COMMANDS[name] = Command(name, help, usage, aliases, complete, run)
+        return run
+
+    return enter
+
+
+def find(word: str) -> Command:
+    """The command of that name or alias, without its slash; SettingError with the nearest names."""
+    names = {alias: entry for entry in COMMANDS.values() for alias in (entry.name, *entry.aliases)}
+    if word in names:
+        return names[word]
+    begun = [name for name in COMMANDS if word and name.startswith(word)]
+    near = begun or get_close_matches(word, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join('/' + name for name in near)}?" if near else "/help lists the commands"
+    raise SettingError(f"there is no command /{word}: {hint} (a message may begin with a slash after a space)")
+
+
+def execute(talk: Talk, line: str) -> None:
+    """Run one line that begins with a slash."""
+    word, _, argument = line[1:].partition(" ")
+    find(word.strip()).run(talk, argument.strip())
+
+
+@command("help", help="list the commands", usage="[command]", aliases=("?",), complete=lambda: COMMANDS)
+def show_help(talk: Talk, argument: str) -> None:
+    chosen = [find(argument.lstrip("/"))] if argument else list(COMMANDS.values())
+    talk.screen.rows((f"/{c.name} {c.usage}".strip(), c.help) for c in chosen)
+    for entry in chosen if argument else ():
+        if entry.aliases:
+            talk.screen.notice("also " + ", ".join("/" + alias for alias in entry.aliases))
+    if not argument:
+        talk.screen.notice('Alt+Enter or a \\ at the end of a line starts a new line; """ opens and closes a longer text.')
+        talk.screen.notice("Ctrl+C stops an answer; Ctrl+D leaves.")
+
+
+@command("exit", help="leave", aliases=("quit", "bye", "q"))
+def leave(talk: Talk, argument: str) -> None:
+    talk.open = False
+
+
+@command("clear", help="forget the conversation; system prompt and settings stay")
+def clear(talk: Talk, argument: str) -> None:
+    talk.session.clear()
+    talk.screen.notice("(conversation forgotten)")
+
+
+@command("system", help='show or replace the system prompt; "" removes it', usage="[text]")
+def system(talk: Talk, argument: str) -> None:
+    if argument:
+        talk.session.set_system("" if argument in ('""', "''") else argument)
+        talk.screen.notice("(system prompt set)" if talk.session.system else "(system prompt removed)")
+    else:
+        talk.screen.line(talk.session.system or "(no system prompt)")
+
+
+@command("set", help="show or change sampling settings", usage="[name [value]]", complete=lambda: SETTINGS)
+def change(talk: Talk, argument: str) -> None:
+    name, _, value = argument.replace("=", " ", 1).partition(" ")
+    if name and name not in SETTINGS:
+        near = get_close_matches(name, SETTINGS, n=1)
+        raise SettingError(f"there is no setting {name!r}: " + (f"did you mean {near[0]}?" if near else "/set lists them"))
+    settings = talk.session.settings
+    if value.strip():
+        talk.session.set(name, value.strip())
+        talk.screen.notice(f"({name} = {getattr(talk.session.settings, name)}, was {getattr(settings, name)})")
+        return
+    talk.screen.rows(
+        (f"{key} = {getattr(settings, key)}", f"{SETTINGS[key].metadata['help']} ({allowed(key)})")
+        for key in ([name] if name else SETTINGS)
+    )
+
+
+@command("stats", help="tokens and speed of the last answer")
+def stats(talk: Talk, argument: str) -> None:
+    s, session = talk.session.engine.stats, talk.session
+    if not s.generated_tokens:
+        raise SettingError("there is no answer yet to count")
+    run = s.prompt_tokens - s.reused_tokens
+    talk.screen.rows(
+        [
+            ("prompt", f"{s.prompt_tokens} tokens, {s.reused_tokens} of them kept from before"),
+            ("reading", f"{run} tokens in {s.prefill_seconds:.2f} s{_rate(run, s.prefill_seconds)}"),
+            ("answer", f"{s.generated_tokens} tokens in {s.decode_seconds:.2f} s{_rate(s.generated_tokens, s.decode_seconds)}"),
+            ("context", f"{session.used_tokens} of {session.model.context} tokens used"),
+        ]
+    )
+
+
+@command("template", help="show the chat template")
+def template(talk: Talk, argument: str) -> None:
+    talk.screen.notice(talk.session.template.name)
+    talk.screen.line(talk.session.template.source)
+
+
+@command("regen", help="answer the last message again")
+def regenerate(talk: Talk, argument: str) -> None:
+    talk.answer(talk.session.regenerate)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f", {tokens / seconds:.1f} tokens/s" if seconds > 0 else ""

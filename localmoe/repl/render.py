@@ -1,0 +1,175 @@
+"""The only drawing of the chat: streamed answers, tables, notices and progress, through rich; knows no session and no model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from threading import Lock, Timer
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+DELAY = 0.5  # seconds that work may take before a bar appears
+# C0 but for tab and newline, DEL, C1, lone surrogates, and the bidi overrides that make text read other than it is.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text that cannot drive a terminal: control characters are shown as escapes such as \\x1b."""
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "backslashreplace").decode(), text)
+
+
+class Answer:
+    """One streamed answer: reasoning dim and before it, blank lines at both ends left out."""
+
+    def __init__(self, console: Console, exact: bool = False) -> None:
+        """`exact` leaves control characters as they are where no terminal would obey them."""
+        self._console = console
+        self._safe = str if exact and not console.is_terminal else visible
+        self._kind = ""
+        self._newlines = ""
+        self._ended = False
+        self.empty = True
+
+    def write(self, kind: str, text: str) -> None:
+        if kind != self._kind:
+            self._begin(kind, text)
+            text = text.lstrip()
+            if not text:
+                return
+            self._kind = kind
+        text = self._newlines + self._safe(text)
+        body = text.rstrip("\n")
+        self._newlines = text[len(body) :]
+        if body:
+            self._console.out(body, style="dim" if kind == "reasoning" else None, highlight=False, end="")
+            self.empty = False
+
+    def end(self) -> None:
+        """Close the line that the answer stands on; may be called twice."""
+        if not self.empty and not self._ended:
+            self._console.out("")
+        self._ended = True
+
+    def _begin(self, kind: str, text: str) -> None:
+        if not text.strip():
+            return
+        self._newlines = ""
+        if self._kind:
+            self._console.out("\n")
+        if self._console.color_system is None and (kind == "reasoning" or self._kind):
+            self._console.out(f"({kind})")
+
+
+class DelayedBar:
+    """A progress bar with the time left, drawn only when the work outlasts DELAY; gone without trace when it ends."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self._console = console
+        self._state = (label, 0, 0)
+        self._drawn = ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._closed = False
+        self._lock = Lock()
+        self._timer = Timer(DELAY, self._show)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Work of `total` units has come to `done`; a total of 0 is unknown."""
+        with self._lock:
+            self._state = (label, done, total)
+            self._draw()
+
+    def close(self) -> None:
+        """Take the bar away; may be called twice."""
+        self._timer.cancel()
+        with self._lock:
+            self._closed = True
+            if self._bar:
+                self._bar.stop()
+                self._bar = None
+
+    def _show(self) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(None), TaskProgressColumn(), TimeRemainingColumn())
+        with self._lock:
+            if not self._closed:
+                self._bar = Progress(*columns, console=self._console, transient=True)
+                self._bar.start()
+                self._draw()
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            return
+        label, done, total = self._state
+        if self._task is None or label != self._drawn:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(visible(label), total=total or None, completed=done)
+            self._drawn = label
+        self._bar.update(self._task, completed=done, total=total or None)
+
+
+class Screen:
+    """Standard output for words, standard error for troubles and progress."""
+
+    def __init__(self, console: Console | None = None, errors: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.errors = errors or Console(stderr=True, highlight=False)
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.console.is_terminal
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """A line of ours, wrapped at words."""
+        self.console.print(Text(visible(text), style=style))
+
+    def notice(self, text: str) -> None:
+        """A remark beside the conversation."""
+        self.line(text, "dim")
+
+    def error(self, text: str) -> None:
+        self.errors.print(Text(visible(text), style="red"))
+
+    def verbatim(self, text: str) -> None:
+        """Text as it is, unwrapped: for pipes. Control characters still never reach a terminal."""
+        self.console.out(visible(text) if self.is_terminal else text, highlight=False, end="")
+
+    def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """A plain table; the last column takes the width that is left."""
+        table = Table(*header, box=None, show_header=bool(header), pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*(Text(visible(cell)) for cell in row))
+        for column in table.columns:
+            column.overflow = "fold"
+        self.console.print(table)
+
+    def answer(self, exact: bool = False) -> Answer:
+        return Answer(self.console, exact)
+
+    def aside(self) -> Answer:
+        """An answer drawn on standard error."""
+        return Answer(self.errors)
+
+    def progress(self, label: str) -> DelayedBar:
+        """A bar for the work inside a `with` block; call it with (label, done, total)."""
+        return DelayedBar(self.errors, label)

@@ -1,0 +1,93 @@
+"""The running chat: a session on a screen, and how one answer is drawn and interrupted; knows neither commands nor input."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import cast
+
+from localmoe.engine import Progress
+from localmoe.errors import LocalMoeError
+from localmoe.repl.render import Screen
+from localmoe.session import Piece, Session
+
+
+class Interrupt:
+    """Whether Ctrl+C was pressed: the first press asks, the second one insists by KeyboardInterrupt."""
+
+    asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @classmethod
+    @contextmanager
+    def watched(cls) -> Iterator[Interrupt]:
+        """Watches Ctrl+C inside a `with` block; off the main thread, where Python hears no signals, it never asks."""
+        interrupt = cls()
+        try:
+            before = signal.signal(signal.SIGINT, interrupt)
+        except ValueError:
+            yield interrupt
+            return
+        try:
+            yield interrupt
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@dataclass
+class Talk:
+    """What a slash command works on; `open` turned off ends the chat after the command."""
+
+    session: Session
+    screen: Screen
+    open: bool = True
+
+    def answer(self, generate: Callable[[Progress], Iterator[Piece]]) -> None:
+        """Draw an answer of the session as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
+        drawn = self.screen.answer()
+        with Interrupt.watched() as interrupt, self.screen.progress("reading the prompt") as bar:
+
+            def progress(done: int, total: int) -> None:
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+                bar("reading the prompt", done, total)
+
+            pieces = cast("Generator[Piece]", generate(progress))
+            try:
+                for piece in pieces:
+                    bar.close()
+                    drawn.write(piece.kind, piece.text)
+                    if interrupt.asked:
+                        break
+            except KeyboardInterrupt:
+                pass
+            except LocalMoeError as error:
+                bar.close()
+                drawn.end()
+                self.screen.error(str(error))
+                return
+            finally:
+                pieces.close()
+        drawn.end()
+        self._remark(drawn.empty)
+        self.screen.line()
+
+    def _remark(self, empty: bool) -> None:
+        match self.session.finish:
+            case "interrupted" if empty:
+                self.screen.notice("(stopped before the first word; Up brings the message back)")
+            case "interrupted":
+                self.screen.notice("(stopped)")
+            case "length":
+                self.screen.notice(f"(max_tokens = {self.session.settings.max_tokens} reached; /set max_tokens 0 lifts it)")
+            case "context":
+                self.screen.notice(f"(the context of {self.session.model.context} tokens is full; /clear starts afresh)")
+            case "stop" if empty:
+                self.screen.notice("(the model gave an empty answer)")

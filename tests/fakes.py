@@ -1,0 +1,126 @@
+"""A model without weights: a byte tokenizer, a chat template, and logits that spell scripted answers; knows no real file."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPECIALS = {"<|user|>": 256, "<|assistant|>": 257, "<|system|>": 258, "<|end|>": 259, "<|pad|>": 260}
+USER, ASSISTANT, SYSTEM, END, PAD = SPECIALS.values()
+PAIR = 261  # "ab", which the encoder always joins and the model never does
+VOCABULARY = 262
+PIECES = {**{id: text.encode() for text, id in SPECIALS.items()}, PAIR: b"ab"}
+
+
+class ByteStream:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        return "" if USER <= id <= PAD else self._decoder.decode(PIECES.get(id) or bytes([id]))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    bos: int | None = None
+    eos: int | None = END
+    stop = frozenset({END})
+    vocabulary_size = VOCABULARY
+
+    def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]:
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, SPECIALS)) + ")", text):
+            if part in SPECIALS and special:
+                ids.append(SPECIALS[part])
+            else:
+                for run in re.split("(ab)", part):
+                    ids.extend([PAIR] if run == "ab" else run.encode())
+        return ids
+
+    def encode_prompt(self, rendered: str) -> list[int]:
+        return self.encode(rendered)
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        stream = ByteStream()
+        return "".join(map(stream.push, ids)) + stream.finish()
+
+    def token(self, id: int) -> str:
+        return (PIECES.get(id) or bytes([id])).decode(errors="replace")
+
+    def is_special(self, id: int) -> bool:
+        return USER <= id <= PAD
+
+    def stream(self) -> ByteStream:
+        return ByteStream()
+
+
+class PlainTemplate:
+    """`<|role|>content<|end|>` for each message; `prefill` is put after the last `<|assistant|>`."""
+
+    name = "plain"
+    source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+
+    def __init__(self, prefill: str = "") -> None:
+        self.prefill = prefill
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
+        return text + "<|assistant|>" + self.prefill if add_generation_prompt else text
+
+
+class FakeModel:
+    """Spells `replies[last user message]` byte by byte and then `<|end|>`; a reply may also be given as token ids.
+
+    `cache` is what the KV cache would hold, `calls` the (position, tokens) of each forward; `before_call` runs first in each.
+    """
+
+    name, architecture, path, threads, nbytes = "fake-moe", "fake", Path("fake.gguf"), 2, 1_234_000
+
+    def __init__(
+        self, replies: Mapping[str, str | list[int]] | None = None, *, context: int = 512, chunk: int = 16
+    ) -> None:
+        self.replies = replies or {}
+        self.context, self.chunk = context, chunk
+        self.tokenizer = ByteTokenizer()
+        self.template: PlainTemplate | None = PlainTemplate()
+        self.reasoning: tuple[str, str] | None = None
+        self.recommended: dict[str, float | int] = {"temperature": 0}
+        self.metadata: dict[str, Any] = {}
+        self.cache: list[int] = []
+        self.calls: list[tuple[int, list[int]]] = []
+        self.before_call: Callable[[], None] = lambda: None
+        self.closed = False
+
+    def forward(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> np.ndarray:
+        assert 1 <= len(tokens) <= self.chunk, "a step of the wrong length"
+        assert position <= len(self.cache), "a hole in the cache"
+        assert position + len(tokens) <= self.context, "beyond the context"
+        self.calls.append((position, list(tokens)))
+        self.before_call()
+        self.cache[position:] = tokens
+        logits = np.zeros((1, VOCABULARY), np.float32)
+        logits[0, self._next()] = 20
+        return logits
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _next(self) -> int:
+        if ASSISTANT not in self.cache:
+            return ord("?")
+        start = len(self.cache) - self.cache[::-1].index(ASSISTANT)
+        question = self.tokenizer.decode(self.cache[:start], special=False)
+        last = next((key for key in self.replies if question.endswith(key)), "")
+        reply = self.replies.get(last, "?")
+        target = [*(reply.encode() if isinstance(reply, str) else reply), END]
+        spelt = len(self.cache) - start
+        return target[spelt] if spelt < len(target) else END

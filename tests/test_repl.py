@@ -1,0 +1,351 @@
+"""The chat as a person sees it: whole transcripts over a fake model, through a pipe and through the line editor."""
+
+from __future__ import annotations
+
+import io
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import FakeModel
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+from localmoe.engine import Stats
+from localmoe.repl.commands import COMMANDS
+from localmoe.repl.input import CommandCompleter, LineReader, TerminalReader, history_at, is_complete, message_of, state_folder
+from localmoe.repl.loop import converse
+from localmoe.repl.render import DelayedBar, Screen, visible
+from localmoe.repl.talk import Talk
+from localmoe.session import Session
+
+REPLIES = {"hello": "Hi there.", "long": "one two three", "esc": "\x1b[31mred\x07", "utf": "naïve 🙂", "none": ""}
+
+
+def screen(width: int = 80, terminal: bool = False) -> Screen:
+    """One console for words and troubles, so that a transcript keeps their order."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=terminal, highlight=False, color_system="standard" if terminal else None
+    )
+    return Screen(console, console)
+
+
+def chat(*lines: str, model: FakeModel | None = None, on: Screen | None = None) -> str:
+    """What stands on the screen after these lines came through a pipe."""
+    on = on or screen()
+    talk = Talk(Session(model or FakeModel(REPLIES)), on)
+    converse(talk, LineReader(io.StringIO("".join(line + "\n" for line in lines))))
+    return on.console.file.getvalue()
+
+
+@pytest.fixture
+def keys() -> Iterator[PipeInput]:
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        yield pipe
+
+
+def test_a_short_conversation() -> None:
+    assert chat("hello", "utf", "/exit", "hello") == "Hi there.\n\nnaïve 🙂\n\n"
+
+
+def test_the_end_of_the_input_ends_the_chat() -> None:
+    assert chat() == ""
+
+
+def test_empty_lines_are_no_messages() -> None:
+    assert chat("", "   ", "hello") == "Hi there.\n\n"
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "bye", "q"])
+def test_every_word_for_leaving_leaves(word: str) -> None:
+    assert chat(f"/{word}", "hello") == ""
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    hint = "(a message may begin with a slash after a space)"
+    told = " ".join(chat("/hlep", "/reg", "/xyzzy").split())
+    assert told == (
+        f"there is no command /hlep: did you mean /help? {hint} there is no command /reg: did you mean /regen? {hint} "
+        f"there is no command /xyzzy: /help lists the commands {hint}"
+    )
+
+
+def test_a_message_may_begin_with_a_slash_after_a_space() -> None:
+    assert chat(" /hello", model=FakeModel({"/hello": "A path?"})) == "A path?\n\n"
+
+
+def test_quoted_text_is_never_a_command() -> None:
+    assert chat('"""/exit"""', "hello", model=FakeModel({"/exit": "Kept.", **REPLIES})) == "Kept.\n\nHi there.\n\n"
+
+
+def test_help_lists_every_command_once() -> None:
+    told = chat("/help")
+    assert [line.split()[0] for line in told.splitlines() if line.startswith("/")] == [f"/{name}" for name in COMMANDS]
+
+
+def test_help_on_one_command_names_its_other_names() -> None:
+    assert chat("/help exit") == "/exit  leave\nalso /quit, /bye, /q\n"
+
+
+def test_a_setting_out_of_range_is_refused_and_stays() -> None:
+    told = chat("/set top_p 1.5", "/set top_p").splitlines()
+    assert told[0] == "top_p is a number from 0 to 1, not '1.5'"
+    assert told[1].startswith("top_p = 0.95")
+
+
+def test_a_setting_is_changed_by_a_space_or_an_equals_sign() -> None:
+    told = chat("/set top_k 7", "/set seed=12345678", "/set top_k")
+    assert told.startswith("(top_k = 7, was 40)\n(seed = 12345678, was -1)\ntop_k = 7  keep the k likeliest")
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    assert chat("/set temprature 1") == "there is no setting 'temprature': did you mean temperature?\n"
+
+
+def test_set_alone_shows_every_setting_with_its_range() -> None:
+    told = chat("/set")
+    assert "temperature = 0.0" in told
+    assert " ".join(told.split()).count(" number from ") == 10
+
+
+def test_the_answer_stops_at_max_tokens_and_says_so() -> None:
+    told = chat("/set max_tokens 3", "long").splitlines()
+    assert told[1:] == ["one", "(max_tokens = 3 reached; /set max_tokens 0 lifts it)", ""]
+
+
+def test_a_full_context_is_told_with_the_way_out() -> None:
+    told = chat("long", "hello", "/clear", "hello", model=FakeModel(REPLIES, context=20))
+    assert told.splitlines() == [
+        "one two three",
+        "",
+        "the conversation has 29 tokens and the context holds 20: shorten it, start it ",
+        "afresh, or open the model with a larger --context",
+        "(conversation forgotten)",
+        "Hi there.",
+        "",
+    ]
+
+
+def test_system_shows_sets_and_removes() -> None:
+    assert chat("/system", "/system be brief", "/system", '/system ""', "/system").splitlines() == [
+        "(no system prompt)",
+        "(system prompt set)",
+        "be brief",
+        "(system prompt removed)",
+        "(no system prompt)",
+    ]
+
+
+def test_the_template_is_shown() -> None:
+    assert "plain\n{% for m in messages %}" in chat("/template")
+
+
+def test_regen_answers_again_and_needs_an_answer() -> None:
+    assert chat("/regen", "hello", "/regen") == "there is no answer yet to generate again\nHi there.\n\nHi there.\n\n"
+
+
+def test_an_empty_answer_is_told() -> None:
+    assert chat("none") == "(the model gave an empty answer)\n\n"
+
+
+def test_stats_count_tokens_and_speed() -> None:
+    talk = Talk(Session(FakeModel(REPLIES)), screen())
+    talk.session.engine.stats = Stats(30, 10, 0.5, 8, 2.0)
+    converse(talk, LineReader(io.StringIO("/stats\n")))
+    assert [line.rstrip() for line in talk.screen.console.file.getvalue().splitlines()] == [
+        "prompt   30 tokens, 10 of them kept from before",
+        "reading  20 tokens in 0.50 s, 40.0 tokens/s",
+        "answer   8 tokens in 2.00 s, 4.0 tokens/s",
+        "context  0 of 512 tokens used",
+    ]
+
+
+def test_stats_before_any_answer_say_so() -> None:
+    assert chat("/stats") == "there is no answer yet to count\n"
+
+
+def test_control_characters_of_the_model_never_reach_the_terminal() -> None:
+    assert chat("esc") == "\\x1b[31mred\\x07\n\n"
+    assert visible("a\tb\nc\r\x9b\u202e\x7f") == "a\tb\nc\\r\\x9b\\u202e\\x7f"
+    assert visible("\udc80") == "\\udc80"
+
+
+def test_control_characters_of_a_file_name_or_setting_are_shown_too() -> None:
+    assert "\x1b" not in chat("/set \x1b[2J", "/\x1b[2J", "/system \x1b[2J", "/system")
+
+
+def test_reasoning_is_dim_on_a_terminal_and_labelled_elsewhere() -> None:
+    model = FakeModel({"q": "<think>\nhm\n</think>\n\nYes."})
+    model.reasoning = ("<think>", "</think>")
+    assert chat("q", model=model) == "(reasoning)\nhm\n\n(answer)\nYes.\n\n"
+    on = screen(terminal=True)
+    told = chat("q", model=FakeModel(model.replies), on=on)
+    assert "\x1b[2m" not in told, "no markers, nothing dim"
+    again = FakeModel(model.replies)
+    again.reasoning = model.reasoning
+    told = chat("q", model=again, on=screen(terminal=True))
+    assert "".join(told.replace("\x1b[0m", "").split("\x1b[2m")) == "hm\n\nYes.\n\n"
+    assert told.index("\x1b[2mh") < told.index("Y")
+
+
+def test_nothing_of_ours_is_wider_than_a_narrow_window() -> None:
+    told = chat("/help", "/set", "/hlep", "/set top_p 9", "hello", "/stats", on=screen(width=40))
+    assert max(map(len, told.splitlines())) <= 40
+
+
+def test_ctrl_c_in_mid_answer_keeps_the_part_and_the_next_prompt_works() -> None:
+    model = FakeModel(REPLIES)
+
+    def press() -> None:
+        if model.cache[-2:] == [*b"tw"]:
+            signal.raise_signal(signal.SIGINT)
+
+    model.before_call = press
+    before = signal.getsignal(signal.SIGINT)
+    on = screen()
+    talk = Talk(Session(model), on)
+    converse(talk, LineReader(io.StringIO("long\nhello\n")))
+    assert on.console.file.getvalue() == "one two \n(stopped)\n\nHi there.\n\n"
+    assert talk.session.messages[1] == {"role": "assistant", "content": "one two "}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back() -> None:
+    model = FakeModel({"x" * 40: "late", **REPLIES})
+
+    def press() -> None:
+        if len(model.calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    model.before_call = press
+    assert chat("x" * 40, "hello", model=model) == (
+        "(stopped before the first word; Up brings the message back)\n\nHi there.\n\n"
+    )
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_token() -> None:
+    model = FakeModel(REPLIES)
+
+    def press_twice() -> None:
+        if len(model.calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    model.before_call = press_twice
+    assert chat("long", "hello", model=model) == "on\n(stopped)\n\nHi there.\n\n"
+
+
+def test_ctrl_c_at_an_empty_prompt_hints_and_twice_leaves(keys: PipeInput) -> None:
+    on = screen()
+    keys.send_text("\x03hello\r\x03\x03never\r")
+    converse(Talk(Session(FakeModel(REPLIES)), on), TerminalReader())
+    hint = "(Ctrl+C again, Ctrl+D or /exit to leave)\n"
+    assert on.console.file.getvalue() == hint + "Hi there.\n\n" + hint
+
+
+def test_ctrl_c_drops_the_typed_line_but_up_brings_it_back(keys: PipeInput) -> None:
+    keys.send_text("a long question\x03short\r")
+    reader = TerminalReader()
+    assert reader.read() == "short"
+    assert reader._session.history.get_strings() == ["a long question", "short"]
+
+
+def test_ctrl_d_leaves(keys: PipeInput) -> None:
+    keys.send_text("\x04")
+    with pytest.raises(EOFError):
+        TerminalReader().read()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("one\r", "one"),
+        ("one\\\rtwo\r", "one\ntwo"),
+        ("one\x1b\rtwo\r", "one\ntwo"),
+        ('"""one\rtwo"""\r', "one\ntwo"),
+        ('"""\rone\\\r"""\r', "one\\"),
+        ("\x1b[200~one\ntwo\x1b[201~\r", "one\ntwo"),
+    ],
+    ids=["plain", "backslash", "alt-enter", "quotes", "quotes-keep-backslash", "paste"],
+)
+def test_a_message_may_have_several_lines(keys: PipeInput, typed: str, message: str) -> None:
+    keys.send_text(typed)
+    assert TerminalReader().read() == message
+
+
+def test_several_lines_come_through_a_pipe_too() -> None:
+    reader = LineReader(io.StringIO('a\\\nb\n"""c\nd"""\n\\'))
+    assert [reader.read(), reader.read()] == ["a\nb", "c\nd"]
+    assert reader.read() == "\\"
+    with pytest.raises(EOFError):
+        reader.read()
+
+
+def test_open_quotes_and_a_backslash_wait_for_more() -> None:
+    assert [is_complete(text) for text in ("a", "a\\", '"""a', '"""a"""', 'say """')] == [True, False, False, True, True]
+    assert message_of('"""a""" b') == "a b"
+
+
+def completions(typed: str) -> list[str]:
+    return [c.text for c in CommandCompleter().get_completions(Document(typed), CompleteEvent())]
+
+
+def test_completion_reads_the_command_table_and_the_settings() -> None:
+    assert completions("/s") == ["system", "set", "stats"]
+    assert completions("/set top") == ["top_k", "top_p"]
+    assert completions("/help re") == ["regen"]
+    assert completions("hello /s") == completions("/nothing ") == completions("/set top_k 1") == []
+
+
+def test_the_history_is_for_its_owner_only_and_outlives_the_chat(keys: PipeInput, tmp_path: Path) -> None:
+    path = tmp_path / "state" / "history"
+    keys.send_text("remember me\r")
+    TerminalReader(path).read()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "remember me" in list(history_at(path).load_history_strings())
+
+
+def test_an_old_history_open_to_others_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    path.touch(mode=0o644)
+    history_at(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_without_a_place_for_the_history_the_chat_still_runs(keys: PipeInput, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    keys.send_text("hello\r")
+    assert TerminalReader(tmp_path / "file" / "history").read() == "hello"
+
+
+def test_the_state_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert state_folder() == tmp_path / "localmoe"
+
+
+def test_quick_work_shows_no_bar_and_slow_work_shows_one() -> None:
+    on = screen(terminal=True)
+    with on.progress("opening") as bar:
+        bar("opening", 1, 2)
+    assert on.errors.file.getvalue() == ""
+    bar = DelayedBar(on.errors, "opening")
+    bar("reading weights", 1, 4)
+    bar._show()
+    bar("compiling kernels", 3, 4)
+    bar.close()
+    told = on.errors.file.getvalue()
+    assert "reading weights" in told
+    assert "25%" in told
+    assert "\x1b[2K" in told, "the bar takes itself away"
+
+
+def test_off_a_terminal_there_is_never_a_bar() -> None:
+    on = screen()
+    with on.progress("opening") as bar:
+        assert not bar._timer.is_alive()
