@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,10 +46,13 @@ TemplateName = Annotated[
     str | None, typer.Option("--template", metavar="NAME|FILE", help="Chat template instead of the model's own.")
 ]
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")
+]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
 Lazy = Annotated[
-    str, typer.Option("--lazy", help="Loading: auto, mmap (read weights when first used) or off (read them all at start).")
+    str,
+    typer.Option("--lazy", help="Loading: auto, mmap (read weights when first used) or off (read them all at start)."),
 ]
 KeyValueFormat = Annotated[Literal["f16", "f32"], typer.Option("--kv", help="Format of the KV cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -101,7 +104,9 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where a bug happened (also LOCALMOE_DEBUG=1).")] = False,
 ) -> None:
     """Flags before the command; `main` looks for --debug itself."""
@@ -193,7 +198,9 @@ def inspect_model(
 @app.command()
 def bench(
     model: ModelArgument,
-    prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Prompt tokens to read; 0 leaves the test out.")] = 512,
+    prompt: Annotated[
+        int, typer.Option("-p", "--prompt", min=0, help="Prompt tokens to read; 0 leaves the test out.")
+    ] = 512,
     generate: Annotated[int, typer.Option("-n", "--generate", min=0, help="Tokens to generate; 0 leaves it out.")] = 64,
     repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs of each test.")] = 5,
     threads: Threads = None,
@@ -274,28 +281,32 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
 def answer_once(screen: Screen, session: Session, text: str) -> None:
     """The answer on standard output; reasoning on standard error where someone sees it."""
     answer, reasoning = screen.answer(exact=True), screen.aside()
-    with screen.progress("reading the prompt") as bar:
-        for piece in session.send(text, lambda done, total: bar("reading the prompt", done, total)):
-            bar.close()
-            if piece.kind == "answer":
-                reasoning.end()
-                answer.write(piece.kind, piece.text)
-            elif screen.errors.is_terminal:
-                reasoning.write(piece.kind, piece.text)
-    answer.end()
+    try:
+        with screen.progress("reading the prompt") as bar:
+            for piece in session.send(text, partial(bar, "reading the prompt")):
+                bar.close()
+                if piece.kind == "answer":
+                    reasoning.end()
+                    answer.write(piece.kind, piece.text)
+                elif screen.errors.is_terminal:
+                    reasoning.write(piece.kind, piece.text)
+    finally:
+        reasoning.end()
+        answer.end()
 
 
 def complete(screen: Screen, model: Model, text: str, settings: SamplingSettings) -> None:
     """The continuation of a text, exactly as generated."""
     from localmoe.engine import Engine
 
-    with screen.progress("reading the prompt") as bar:
-        tokens = model.tokenizer.encode(text)
-        progress = lambda done, total: bar("reading the prompt", done, total)  # noqa: E731
-        for step in Engine(model).generate(tokens, settings, progress=progress):
-            bar.close()
-            screen.verbatim(step.text)
-    screen.verbatim("\n")
+    tokens = model.tokenizer.encode(text)
+    try:
+        with screen.progress("reading the prompt") as bar:
+            for step in Engine(model).generate(tokens, settings, progress=partial(bar, "reading the prompt")):
+                bar.close()
+                screen.verbatim(step.text)
+    finally:
+        screen.verbatim("\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,7 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"localmoe: {visible(str(error)).replace(chr(10), ' ')}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if "--debug" in words or os.environ.get("LOCALMOE_DEBUG", "0") != "0":
+        debug = "--debug" in words or os.environ.get("LOCALMOE_DEBUG", "0") != "0"
+        if debug:
             traceback.print_exc()
-        print(f"localmoe: sorry, this is a bug: {error!r} (localmoe --debug … shows where)", file=sys.stderr)
+        hint = "" if debug else " (localmoe --debug … shows where)"
+        print(f"localmoe: sorry, this is a bug: {error!r}{hint}", file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,7 @@
 """How byte-level BPE vocabularies cut text into words, by the name in `tokenizer.ggml.pre`; knows nothing of tokens.
 
-The patterns are those of the models' own tokenizer.json (Oniguruma syntax), gathered from llama.cpp src/llama-vocab.cpp, which
-names them. They are applied one after the other, each to the pieces that the ones before left ("isolated" splits).
+The patterns are those of the models' own tokenizer.json (Oniguruma syntax), gathered from llama.cpp, whose names they
+have (src/llama-vocab.cpp). They are applied in turn, each to the pieces that the ones before left ("isolated" splits).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Pretokenizer:
-    """`whole_words`: a word that is a token is taken without merging. `add_bos`: the default where the file is silent."""
+    """`whole_words`: a word that is a token is taken unmerged. `add_bos`: the default where the file is silent."""
 
     patterns: tuple[str, ...]
     whole_words: bool = False

@@ -31,7 +31,9 @@ class SamplingSettings:
     repeat_penalty: float = _setting(1.0, 0.01, 100, "divide the logits of recent tokens by this; 1 is off")
     presence_penalty: float = _setting(0.0, -100, 100, "subtract this from the logits of recent tokens; 0 is off")
     frequency_penalty: float = _setting(0.0, -100, 100, "subtract this for each recent use of a token; 0 is off")
-    penalty_last_n: int = _setting(64, -1, INTEGER_LIMIT, "how many tokens count as recent; 0 is off, -1 is all of them")
+    penalty_last_n: int = _setting(
+        64, -1, INTEGER_LIMIT, "how many tokens count as recent; 0 is off, -1 is all of them"
+    )
     seed: int = _setting(-1, -1, INTEGER_LIMIT, "seed of the random choice; -1 takes a new one for each answer")
     max_tokens: int = _setting(0, 0, INTEGER_LIMIT, "longest answer in tokens; 0 is as long as the context allows")
 

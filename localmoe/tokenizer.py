@@ -24,7 +24,7 @@ from localmoe.vocabulary import (
     sentencepiece_bpe,
 )
 
-# Control tokens that end a turn whatever else the file says; the list is llama.cpp's (llama-vocab.cpp, special_eog_ids).
+# Control tokens that end a turn whatever else the file says: llama.cpp's list (llama-vocab.cpp, special_eog_ids).
 END_OF_TURN = frozenset(
     "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <|endoftext|> <|end_of_text|> "
     "<end_of_turn> <turn|> <end_of_utterance> <|end_of_turn|> <|END_OF_TURN_TOKEN|> <EOT> _<EOT> [EOT] [EOS] [e~[ "
@@ -63,7 +63,7 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer of GGUF metadata, keys in full (`tokenizer.ggml.tokens` ...).
 
-        Raises UnsupportedError for a vocabulary type or pre-tokenizer that is not known, TokenizerError for a broken one.
+        Raises UnsupportedError for an unknown vocabulary type or pre-tokenizer, TokenizerError for a broken vocabulary.
         """
         key = "tokenizer.ggml."
         model = metadata.get(key + "model")
@@ -103,10 +103,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder: tokenizer.json, else tokenizer.model, else vocab.json with merges.txt."""
+        """The tokenizer of a folder: tokenizer.json, else tokenizer.model, else vocab.json with merges.txt."""
         config = _json(path / "tokenizer_config.json")
         names = {**_json(path / "special_tokens_map.json"), **config}
-        defaults = {"bos_token": None, "eos_token": None}
+        defaults: dict[str, int | None] = {"bos_token": None, "eos_token": None}
         add_bos = add_eos = False
         if (path / "tokenizer.json").exists():
             vocabulary = _from_json(path / "tokenizer.json")
@@ -233,7 +233,7 @@ codecs.register_error("token-bytes", _in_print)
 
 @cache
 def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100 and up (openai/gpt-2, encoder.py)."""
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100 and up (its encoder.py)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(b): bytes([b]) for b in shown} | {chr(0x100 + n): bytes([b]) for n, b in enumerate(hidden)}
@@ -335,7 +335,7 @@ def _from_merges(path: Path, config: Mapping[str, Any]) -> Vocabulary:
 
 
 def _with_added(pieces: list[str], kinds: list[int], path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Pieces with the folder's added tokens, `kinds` being extended to match; a hole in the ids becomes an unused token."""
+    """Pieces with the folder's added tokens, `kinds` extended to match; a hole in the ids becomes an unused token."""
     added = {id: (text, True) for text, id in _json(path / "added_tokens.json").items()}
     for id, token in config.get("added_tokens_decoder", {}).items():
         added[int(id)] = (token["content"], bool(token.get("special")))

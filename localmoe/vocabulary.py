@@ -1,4 +1,4 @@
-"""From the parts of a vocabulary (pieces, scores, merges) to an engine of the `tokenizers` package; reads no metadata and no folder.
+"""From a vocabulary's parts (pieces, scores, merges) to an engine of `tokenizers`; reads no metadata and no folder.
 
 Three sources: SentencePiece BPE (merging by score), byte-level BPE (merging by list), and a ready tokenizer.json.
 """

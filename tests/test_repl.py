@@ -19,7 +19,15 @@ from rich.console import Console
 
 from localmoe.engine import Stats
 from localmoe.repl.commands import COMMANDS
-from localmoe.repl.input import CommandCompleter, LineReader, TerminalReader, history_at, is_complete, message_of, state_folder
+from localmoe.repl.input import (
+    CommandCompleter,
+    LineReader,
+    TerminalReader,
+    history_at,
+    is_complete,
+    message_of,
+    state_folder,
+)
 from localmoe.repl.loop import converse
 from localmoe.repl.render import DelayedBar, Screen, visible
 from localmoe.repl.talk import Talk
@@ -31,7 +39,11 @@ REPLIES = {"hello": "Hi there.", "long": "one two three", "esc": "\x1b[31mred\x0
 def screen(width: int = 80, terminal: bool = False) -> Screen:
     """One console for words and troubles, so that a transcript keeps their order."""
     console = Console(
-        file=io.StringIO(), width=width, force_terminal=terminal, highlight=False, color_system="standard" if terminal else None
+        file=io.StringIO(),
+        width=width,
+        force_terminal=terminal,
+        highlight=False,
+        color_system="standard" if terminal else None,
     )
     return Screen(console, console)
 
@@ -288,7 +300,13 @@ def test_several_lines_come_through_a_pipe_too() -> None:
 
 
 def test_open_quotes_and_a_backslash_wait_for_more() -> None:
-    assert [is_complete(text) for text in ("a", "a\\", '"""a', '"""a"""', 'say """')] == [True, False, False, True, True]
+    assert [is_complete(text) for text in ("a", "a\\", '"""a', '"""a"""', 'say """')] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     assert message_of('"""a""" b') == "a b"
 
 

@@ -77,7 +77,9 @@ def test_the_models_own_cut_of_an_answer_is_kept_for_the_next_turn() -> None:
 def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> None:
     class Shouting(PlainTemplate):
         def render(self, messages, **variables):  # noqa: ANN001, ANN003, ANN202
-            told = [{**m, "content": m["content"].upper() if m["role"] == "assistant" else m["content"]} for m in messages]
+            told = [
+                {**m, "content": m["content"].upper() if m["role"] == "assistant" else m["content"]} for m in messages
+            ]
             return super().render(told, **variables)
 
     model = FakeModel({"q": "cab", "more": "ok"})
@@ -92,7 +94,9 @@ def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> Non
 def test_text_after_an_answer_that_starts_without_a_special_token_is_tokenised_with_what_stands_before() -> None:
     class Bare(PlainTemplate):
         def render(self, messages, **variables):  # noqa: ANN001, ANN003, ANN202
-            return "".join(m["content"] if m["role"] == "assistant" else m["content"] + "<|assistant|>" for m in messages)
+            return "".join(
+                m["content"] if m["role"] == "assistant" else m["content"] + "<|assistant|>" for m in messages
+            )
 
     model = FakeModel({"q": "ca", "b": "ok"})
     model.template = Bare()
@@ -263,7 +267,11 @@ def test_splitting_loses_no_text_whatever_the_tokens(parts: list[str], opened: b
     at_once = merged([*splitters[1].push(text), *splitters[1].finish()])
     assert by_token == at_once
     joined = "".join(part for _, part in by_token)
-    assert joined in (text, text.lstrip().removeprefix("<think>").replace("</think>", "", 1), text.replace("</think>", "", 1))
+    assert joined in (
+        text,
+        text.lstrip().removeprefix("<think>").replace("</think>", "", 1),
+        text.replace("</think>", "", 1),
+    )
 
 
 def test_a_marker_that_is_a_control_token_is_seen() -> None:

@@ -19,7 +19,7 @@ class Checkpoint:
     """`get("blk.0.attn_q", (rows, columns))` returns the tensor "blk.0.attn_q.weight" or raises FileFormatError."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.prefix, self.rope_permuted = source, "", source.rope_permuted
+        self.source, self.prefix = source, ""
         self._asked: set[str] = set()
 
     def __call__(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight:

@@ -1,6 +1,6 @@
 """config.json's values under GGUF's keys; every value that alters the computation is carried over or refused by name.
 
-A family is a row of `FAMILIES`: the GGUF architecture, whole numbers that only change their name, functions for the rest.
+A family is a row of `FAMILIES`: the GGUF architecture, whole numbers that only change their name, and functions.
 What transformers 5.23 computes decides (its models/*/modeling_*.py); older config spellings are read beside the new.
 """
 
@@ -21,13 +21,14 @@ INT_LIMIT = 1 << 31
 HARMLESS = frozenset(
     {
         "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "attention_dropout",
-        "attn_implementation", "auto_map", "aux_loss_alpha", "bos_token_id", "decoder_start_token_id", "do_sample", "dtype", "embd_pdrop",
-        "eos_token_id", "ep_size", "hidden_dropout", "id2label", "initializer_range", "label2id", "length_penalty",
-        "max_length", "max_window_layers", "model_type", "num_beam_groups", "num_beams", "num_mtp_layers",
-        "num_nextn_predict_layers", "num_return_sequences", "output_router_logits", "pad_token_id", "pretraining_tp",
-        "qk_head_dim", "repetition_penalty", "resid_pdrop", "return_dict", "router_aux_loss_coef",
-        "router_jitter_noise", "seq_aux", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers.js_config",
-        "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_cache", "use_flash_attn",
+        "attn_implementation", "auto_map", "aux_loss_alpha", "bos_token_id", "decoder_start_token_id", "do_sample",
+        "dtype", "embd_pdrop", "eos_token_id", "ep_size", "hidden_dropout", "id2label", "initializer_range",
+        "label2id", "length_penalty", "max_length", "max_window_layers", "model_type", "num_beam_groups", "num_beams",
+        "num_mtp_layers", "num_nextn_predict_layers", "num_return_sequences", "output_router_logits", "pad_token_id",
+        "pretraining_tp", "qk_head_dim", "repetition_penalty", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+        "router_jitter_noise", "seq_aux", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+        "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+        "use_cache", "use_flash_attn",
     }
 )  # fmt: skip
 
@@ -173,7 +174,7 @@ def softmax_experts(settings: Settings, keys: Keys, architecture: str) -> None:
 
 
 def deepseek_experts(settings: Settings, keys: Keys, architecture: str) -> None:
-    """DeepSeek's routers: V2 by softmax, greedy or a group's best expert; V3 by sigmoid, bias and a group's best two."""
+    """DeepSeek's routers: V2 by softmax, greedy or a group's best expert; V3 by sigmoid, bias, a group's best two."""
     third = settings.values["model_type"] == "deepseek_v3"
     keys["leading_dense_block_count"] = settings.whole("first_k_dense_replace")
     keys["expert_weights_scale"] = settings.number("routed_scaling_factor")

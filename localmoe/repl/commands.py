@@ -70,7 +70,9 @@ def show_help(talk: Talk, argument: str) -> None:
         if entry.aliases:
             talk.screen.notice("also " + ", ".join("/" + alias for alias in entry.aliases))
     if not argument:
-        talk.screen.notice('Alt+Enter or a \\ at the end of a line starts a new line; """ opens and closes a longer text.')
+        talk.screen.notice(
+            'Alt+Enter or a \\ at the end of a line starts a new line; """ opens and closes a longer text.'
+        )
         talk.screen.notice("Ctrl+C stops an answer; Ctrl+D leaves.")
 
 
@@ -99,7 +101,9 @@ def change(talk: Talk, argument: str) -> None:
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     if name and name not in SETTINGS:
         near = get_close_matches(name, SETTINGS, n=1)
-        raise SettingError(f"there is no setting {name!r}: " + (f"did you mean {near[0]}?" if near else "/set lists them"))
+        raise SettingError(
+            f"there is no setting {name!r}: " + (f"did you mean {near[0]}?" if near else "/set lists them")
+        )
     settings = talk.session.settings
     if value.strip():
         talk.session.set(name, value.strip())
@@ -121,7 +125,10 @@ def stats(talk: Talk, argument: str) -> None:
         [
             ("prompt", f"{s.prompt_tokens} tokens, {s.reused_tokens} of them kept from before"),
             ("reading", f"{run} tokens in {s.prefill_seconds:.2f} s{_rate(run, s.prefill_seconds)}"),
-            ("answer", f"{s.generated_tokens} tokens in {s.decode_seconds:.2f} s{_rate(s.generated_tokens, s.decode_seconds)}"),
+            (
+                "answer",
+                f"{s.generated_tokens} tokens in {s.decode_seconds:.2f} s{_rate(s.generated_tokens, s.decode_seconds)}",
+            ),
             ("context", f"{session.used_tokens} of {session.model.context} tokens used"),
         ]
     )

@@ -109,7 +109,12 @@ class DelayedBar:
     def _show(self) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(None), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         with self._lock:
             if not self._closed:
                 self._bar = Progress(*columns, console=self._console, transient=True)

@@ -86,8 +86,12 @@ class Talk:
             case "interrupted":
                 self.screen.notice("(stopped)")
             case "length":
-                self.screen.notice(f"(max_tokens = {self.session.settings.max_tokens} reached; /set max_tokens 0 lifts it)")
+                self.screen.notice(
+                    f"(max_tokens = {self.session.settings.max_tokens} reached; /set max_tokens 0 lifts it)"
+                )
             case "context":
-                self.screen.notice(f"(the context of {self.session.model.context} tokens is full; /clear starts afresh)")
+                self.screen.notice(
+                    f"(the context of {self.session.model.context} tokens is full; /clear starts afresh)"
+                )
             case "stop" if empty:
                 self.screen.notice("(the model gave an empty answer)")

@@ -38,6 +38,7 @@ CONTRACTIONS = {
     if word not in ("i'd", "i'll", "he's", "she's")
 } | {"cant": "can't", "wont": "won't", "im": "I'm", "ive": "I've", "alot": "a lot", "u": "you", "ur": "your", "thats": "that's", "id": "I'd"}
 REPLACED = re.compile(r"\b(" + "|".join(sorted(CONTRACTIONS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
+IN_DISTRESS = "I'm sorry that you feel this way. Please talk to someone you trust, or to a doctor, right now. You are not alone."
 COARSE = re.compile(r"\b(fuck\w*|shit\w*|bitch\w*|nigg\w*|cunt|whore|rape\w*|slut|porn\w*|sexy|asshole|faggot)\b", re.IGNORECASE)
 
 
@@ -97,7 +98,8 @@ def chitchat(folder: Path) -> Iterator[Turns]:
             continue
         for line in path.read_text(encoding="utf-8").splitlines()[1:]:
             question, answer, *_ = line.split("\t")
-            turns = [question.strip(), tidy(answer)]
+            # a model this small would garble the telephone number of a help line
+            turns = [question.strip(), IN_DISTRESS if re.search(r"\d{3}", answer) else tidy(answer)]
             if " ".join(turns).translate(TYPOGRAPHY).isascii() and not COARSE.search(answer):
                 yield [turns[0].translate(TYPOGRAPHY), turns[1]]
 

@@ -85,6 +85,7 @@ def fingerprint(isa: Isa) -> str:
 def target_machine(isa: Isa) -> llvm.TargetMachine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()  # system calls are written as assembly
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(cpu=isa.processor, features=isa.features, opt=3, reloc="pic", codemodel="jitdefault", jit=True)
 

@@ -1,0 +1,318 @@
+"""Claims about the command line: what is printed where, and with which exit status it ends; models are fakes."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import FakeModel
+
+import localmoe
+from localmoe.cli import main
+from localmoe.errors import FileFormatError
+from localmoe.settings import SETTINGS
+
+TESTS = Path(__file__).parent
+REPLIES = {"hello": "Hi there.", "text\n\npiped": "Both.", "piped": "Piped.", "esc": "\x1b[1m"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    """What every `localmoe.load` gives; the arguments of the last call are in `model.opened`."""
+    fake = FakeModel(REPLIES)
+
+    def load(path: Path, progress: Any, **how: Any) -> FakeModel:
+        fake.opened = {"path": path, **how}
+        progress("reading weights", 1, 1)
+        return fake
+
+    monkeypatch.setattr(localmoe, "load", load, raising=False)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    return fake
+
+
+def call(*words: str) -> int:
+    """The exit status of `localmoe words`."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    return caught.value.code or 0
+
+
+def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_run_prints_the_answer_and_nothing_else(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "x.gguf", "-p", "hello") == 0
+    assert capsys.readouterr() == ("Hi there.\n", "")
+    assert model.closed
+
+
+def test_run_reads_what_is_piped_in(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(monkeypatch, "piped\n")
+    assert call("run", "x.gguf") == 0
+    pipe_in(monkeypatch, "piped\n")
+    assert call("run", "x.gguf", "-p", "text") == 0
+    assert capsys.readouterr().out == "Piped.\nBoth.\n"
+
+
+def test_run_without_a_prompt_says_how(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "x.gguf") == 2
+    assert capsys.readouterr() == ("", 'localmoe: run needs a prompt: -p "…", or text piped in\n')
+
+
+def test_run_leaves_reasoning_out(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.reasoning = ("<think>", "</think>")
+    model.replies = {"hello": "<think>\nhm\n</think>\n\nYes."}
+    assert call("run", "x.gguf", "-p", "hello") == 0
+    assert capsys.readouterr() == ("Yes.\n", "")
+
+
+def test_run_gives_a_pipe_the_exact_text(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "x.gguf", "-p", "esc") == 0
+    assert capsys.readouterr().out == "\x1b[1m\n"
+
+
+def test_raw_continues_the_prompt_without_a_template(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.template = None
+    assert call("run", "x.gguf", "-p", "once", "--raw", "--max-tokens", "3") == 0
+    assert capsys.readouterr().out == "???\n"
+    assert model.calls[0] == (0, [*b"once"])
+
+
+def test_flags_become_settings_over_the_models_recommendation(
+    model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.recommended = {"temperature": 0.5, "top_k": 9}
+    pipe_in(monkeypatch, "/set\n")
+    assert call("chat", "x.gguf", "--top-k", "3", "--seed", "1") == 0
+    told = capsys.readouterr().out
+    assert all(line in told for line in ("temperature = 0.5", "top_k = 3", "seed = 1", "min_p = 0.05"))
+
+
+def test_every_setting_has_a_flag(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, setting in SETTINGS.items():
+        assert call("run", "x.gguf", "-p", "hello", f"--{name.replace('_', '-')}", f"{setting.default:g}") == 0
+
+
+def test_a_flag_out_of_range_is_one_line_and_2(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "x.gguf", "-p", "hello", "--top-p", "7") == 2
+    assert capsys.readouterr() == ("", "localmoe: top_p is a number from 0 to 1, not '7.0'\n")
+
+
+def test_chat_greets_talks_and_closes(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(monkeypatch, "hello\n/exit\n")
+    assert call("chat", "x.gguf", "--context", "64", "-t", "2", "--lazy", "off", "--kv", "f32") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "fake-moe · fake · 1.23 MB · context 512 · 2 threads · /help for commands",
+        "(sampling as the model recommends unless a flag says otherwise: temperature 0)",
+        "",
+        "Hi there.",
+        "",
+    ]
+    how = {"context": 64, "threads": 2, "device": "cpu", "lazy": "off", "kv_format": "f32"}
+    assert model.opened == {"path": Path("x.gguf"), **how}
+    assert model.closed
+
+
+def test_chat_tells_which_recommendation_it_cannot_follow(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.metadata = {"general.sampling.mirostat": 2}
+    pipe_in(monkeypatch, "")
+    assert call("chat", "x.gguf") == 0
+    assert "(the model recommends general.sampling.mirostat = 2, which is not implemented)" in capsys.readouterr().out
+
+
+def test_chat_without_a_model_opens_the_bundled_one(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmoe.loader.locate.bundled", lambda: Path("demo.gguf"))
+    pipe_in(monkeypatch, "")
+    assert call("chat") == 0
+    assert model.opened["path"] == Path("demo.gguf")
+
+
+def test_a_model_without_a_template_names_the_choices(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.template = None
+    assert call("chat", "x.gguf") == 2
+    out, told = capsys.readouterr()
+    assert out == ""
+    assert told.startswith("localmoe: fake-moe has no chat template: name one with --template (")
+    assert model.closed
+
+
+def test_an_error_is_one_line_without_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: Path, **how: Any) -> None:
+        raise FileFormatError(f"{path}: byte 8:\n\x1b[2J")
+
+    monkeypatch.setattr(localmoe, "load", load, raising=False)
+    assert call("chat", "x.gguf") == 2
+    assert capsys.readouterr() == ("", "localmoe: x.gguf: byte 8: \\x1b[2J\n")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_one_line_and_its_place_is_shown_on_demand(
+    debug: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: Path, **how: Any) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(localmoe, "load", load, raising=False)
+    monkeypatch.delenv("LOCALMOE_DEBUG", raising=False)
+    assert call(*(["--debug"] if debug else []), "chat", "x.gguf") == 1
+    told = capsys.readouterr().err
+    hint = "" if debug else " (localmoe --debug … shows where)"
+    assert told.endswith(f"localmoe: sorry, this is a bug: ZeroDivisionError('oops'){hint}\n")
+    assert ("Traceback" in told) is debug
+
+
+def test_ctrl_c_ends_run_with_130(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        if len(model.calls) == 4:
+            raise KeyboardInterrupt
+
+    model.before_call = interrupt
+    assert call("run", "x.gguf", "-p", "hello") == 130
+    assert capsys.readouterr() == ("Hi \n", "")
+    assert model.closed
+
+
+@pytest.mark.parametrize("words", [["chat", "--nonsense"], ["nonsense"], ["run"], ["chat", "x", "--top-k", "many"]])
+def test_a_mistyped_command_line_ends_with_2_and_shows_the_usage(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*words) == 2
+    assert "Usage: localmoe" in capsys.readouterr().err
+
+
+def test_version_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out.startswith("localmoe")
+
+
+def test_inspect_prints_sections_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told = SimpleNamespace(
+        report=lambda path, context=None: [("Model", [("architecture", "llama"), ("context", str(context))])],
+        program_table=lambda path: (["op", "bytes"], [["embed", "12"], ["linear", "3400"]]),
+    )
+    monkeypatch.setitem(sys.modules, "localmoe.inspection", told)
+    monkeypatch.setattr(localmoe, "inspection", told, raising=False)
+    assert call("inspect", "x.gguf", "--context", "9", "--program") == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "Model",
+        "  architecture  llama",
+        "  context       9",
+        "op      bytes",
+        "embed   12",
+        "linear  3400",
+    ]
+    assert call("inspect", "x.gguf", "--json", "--program") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "Model": {"architecture": "llama", "context": "None"},
+        "program": [{"op": "embed", "bytes": "12"}, {"op": "linear", "bytes": "3400"}],
+    }
+
+
+@dataclass
+class Row:
+    test: str
+    tokens_per_second: float
+    deviation: float
+    limit_name: str
+    limit_percent: float
+    note: str
+
+
+def test_bench_prints_a_table_markdown_or_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(path: Path, progress: Any, **how: Any) -> list[Row]:
+        asked.update(how)
+        return [Row("tg64", 12.345, 0.5, "memory", 61.4, "")]
+
+    told = SimpleNamespace(run=run)
+    monkeypatch.setitem(sys.modules, "localmoe.benchmark", told)
+    monkeypatch.setattr(localmoe, "benchmark", told, raising=False)
+    assert call("bench", "x.gguf", "-p", "8", "-n", "4", "-r", "2", "--markdown") == 0
+    assert asked == {"threads": None, "prompt": 8, "generate": 4, "repeat": 2}
+    assert capsys.readouterr().out.splitlines() == [
+        "| test | tokens/s | of the limit | note |",
+        "| --- | --- | --- | --- |",
+        "| tg64 | 12.35 ± 0.50 | 61 % of memory |  |",
+    ]
+    assert call("bench", "x.gguf", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["limit_percent"] == 61.4
+    assert call("bench", "x.gguf") == 0
+    assert "12.35 ± 0.50" in capsys.readouterr().out
+
+
+def python(program: str, *words: str, **how: Any) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join((str(TESTS), str(TESTS.parent)))
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **how,
+    )
+
+
+def endless() -> None:
+    """Run in a process of its own: `localmoe run` of a model that talks for long."""
+    import localmoe
+    from fakes import FakeModel
+    from localmoe.cli import main
+
+    localmoe.load = lambda path, **how: FakeModel({"hello": "word " * 40_000}, context=300_000)
+    main(["run", "x.gguf", "-p", "hello"])
+
+
+def test_a_reader_that_leaves_ends_run_quietly() -> None:
+    with python(inspect.getsource(endless) + "endless()", stdin=subprocess.DEVNULL) as process:
+        assert process.stdout.read(5) == b"word "
+        process.stdout.close()
+        assert process.wait(timeout=30) != 0
+        assert process.stderr.read() == b""
+
+
+def test_help_and_a_mistake_import_nothing_heavy() -> None:
+    program = "import sys, localmoe.cli; print(*sorted(m for m in sys.modules if '.' not in m))"
+    with python(program) as process:
+        modules = process.communicate(timeout=30)[0].decode().split()
+    assert not {"numpy", "numba", "llvmlite", "prompt_toolkit", "jinja2", "tokenizers", "gguf"} & set(modules)
+
+
+def test_the_manual_is_up_to_date() -> None:
+    script = TESTS.parent / "docs" / "make_cli.py"
+    with python(
+        "import runpy, sys; sys.argv = [sys.argv[1], '--check']; runpy.run_path(sys.argv[0], run_name='__main__')",
+        str(script),
+    ) as process:
+        assert process.wait(timeout=30) == 0, process.stderr.read().decode()
+
+
+def test_python_dash_m_is_the_command_too() -> None:
+    with python("import runpy; runpy.run_module('localmoe', run_name='__main__')", "--help") as process:
+        assert b"chat" in process.communicate(timeout=30)[0]
