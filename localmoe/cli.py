@@ -46,9 +46,7 @@ TemplateName = Annotated[
     str | None, typer.Option("--template", metavar="NAME|FILE", help="Chat template instead of the model's own.")
 ]
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")
-]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default all cores.")]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
 Lazy = Annotated[
     str,
@@ -59,7 +57,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def with_sampling_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command a flag for each sampling setting; it receives those that were given as its last parameter, `sampling`."""
+    """Gives a command a flag for each sampling setting; those given reach it as its last parameter, `sampling`."""
     flags = [
         inspect.Parameter(
             name,
@@ -270,9 +268,11 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
 
     facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
     screen.line(f"{' · '.join(facts)} · {model.threads} threads · /help for commands")
-    if model.recommended:
-        values = ", ".join(f"{name} {getattr(session.settings, name):g}" for name in model.recommended)
-        screen.notice(f"(sampling as the model recommends unless a flag says otherwise: {values})")
+    followed = [
+        f"{name} {value:g}" for name, value in model.recommended.items() if getattr(session.settings, name) == value
+    ]
+    if followed:
+        screen.notice(f"(sampling as the model recommends: {', '.join(followed)})")
     for entry in not_followed(model.metadata):
         screen.notice(f"(the model recommends {entry}, which is not implemented)")
     screen.line()
@@ -299,7 +299,7 @@ def complete(screen: Screen, model: Model, text: str, settings: SamplingSettings
     """The continuation of a text, exactly as generated."""
     from localmoe.engine import Engine
 
-    tokens = model.tokenizer.encode(text)
+    tokens = model.tokenizer.encode_prompt(text)
     try:
         with screen.progress("reading the prompt") as bar:
             for step in Engine(model).generate(tokens, settings, progress=partial(bar, "reading the prompt")):

@@ -1,4 +1,4 @@
-"""The engine: token ids in, steps out. Keeps what stands in the KV cache, reuses it, and knows no text beyond `Step.text`."""
+"""Token ids in, steps out: keeps what stands in the KV cache, reuses it, and knows no text beyond `Step.text`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class TextDecoder(Protocol):
 
     @property
     def stop(self) -> frozenset[int]: ...
-    def stream(self) -> TokenStream: ...
+    def is_special(self, id: int) -> bool: ...
+    def stream(self, *, continues: bool = False) -> TokenStream: ...
 
 
 class CausalModel(Protocol):
-    """What the engine asks of a model: `forward` runs 1..chunk tokens at cache positions position.. and overwrites what was there."""
+    """What the engine asks of a model: `forward` runs 1 to `chunk` tokens at cache positions position…."""
 
     @property
     def context(self) -> int: ...
@@ -66,7 +67,7 @@ class Stats:
 
 
 class Engine:
-    """Generates with one model. `cached` holds exactly the tokens whose keys and values were computed, whatever interrupted it.
+    """Generates with one model. `cached` holds the tokens whose keys and values were computed, whatever interrupted it.
 
     One model has one KV cache: never drive it through two engines.
     """
@@ -85,8 +86,8 @@ class Engine:
     ) -> Iterator[Step]:
         """Steps that continue `tokens`, ended by a step with `finish`; `stop` None means the tokenizer's stop tokens.
 
-        `progress(done, total)` counts prompt tokens that were not in the cache. DeviceError when the prompt exceeds the context,
-        SettingError when it is empty.
+        `progress(done, total)` counts prompt tokens that were not in the cache. DeviceError when the prompt exceeds the
+        context, SettingError when it is empty.
         """
         prompt = list(tokens)
         self._check(prompt)
@@ -97,7 +98,7 @@ class Engine:
         logits = self._prefill(prompt, progress)
 
         sampler = Sampler(settings, prompt)
-        stream = self.model.tokenizer.stream()
+        stream = self._stream(prompt)
         while True:
             start = perf_counter()
             token = sampler.choose(logits[-1])
@@ -122,6 +123,11 @@ class Engine:
                 f"the conversation has {len(prompt)} tokens and the context holds {self.model.context}: "
                 "shorten it, start it afresh, or open the model with a larger --context"
             )
+
+    def _stream(self, prompt: list[int]) -> TokenStream:
+        """Decodes what follows the prompt: its first space is text, unless only control tokens stand before it."""
+        tokenizer = self.model.tokenizer
+        return tokenizer.stream(continues=not all(map(tokenizer.is_special, prompt)))
 
     def _prefill(self, prompt: list[int], progress: Progress | None) -> npt.NDArray[np.float32]:
         """Runs what the cache lacks of the prompt, chunk by chunk; returns the last chunk's logits, (1, V)."""

@@ -20,7 +20,7 @@ from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
-from localmoe.sampling import recommended
+from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
 from localmoe.tokenizer import Tokenizer
 
@@ -95,6 +95,15 @@ class Model:
     @property
     def architecture(self) -> str:
         return self.network.metadata.architecture
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return self.source.nbytes
+
+    @property
+    def threads(self) -> int:
+        return self.device.threads
 
     @property
     def name(self) -> str:

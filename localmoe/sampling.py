@@ -1,7 +1,7 @@
-"""Samplers: each a function logits -> logits over the whole vocabulary, and the chain that joins them; knows no text and no model.
+"""Samplers, each a function logits -> logits over the vocabulary, and the chain of them; knows no text and no model.
 
-The order is llama.cpp's default (common/common.h): penalties, top-k, top-p, min-p, temperature. A token that is ruled out has the
-logit -inf. V is the vocabulary.
+The order is llama.cpp's default (common/common.h): penalties, top-k, top-p, min-p, temperature. A token that is ruled
+out has the logit -inf. V is the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Link = Callable[[Logits, Sequence[int]], Logits]
 
 
 def penalties(logits: Logits, recent: Sequence[int], repeat: float, presence: float, frequency: float) -> Logits:
-    """Makes recent tokens less likely: `repeat` scales (Keskar et al. 2019, CTRL), the others subtract (OpenAI's API)."""
+    """Makes recent tokens less likely: `repeat` scales (CTRL, Keskar et al. 2019), the others subtract (OpenAI)."""
     if not recent:
         return logits
     tokens, counts = np.unique(np.asarray(recent, np.int64), return_counts=True)
@@ -68,9 +68,11 @@ def min_p(logits: Logits, p: float) -> Logits:
 
 
 def temperature(logits: Logits, value: float) -> Logits:
-    """Sharpens (below 1) or flattens (above 1); shifted to a maximum of 0 first, so that a tiny value cannot overflow to +inf."""
+    """Sharpens (below 1) or flattens (above 1); the maximum becomes 0 first, lest a tiny value overflow to +inf."""
+    shifted = logits - logits.max()
     with np.errstate(over="ignore"):
-        return (logits - logits.max()) / value
+        scaled: Logits = shifted / value
+    return scaled
 
 
 def chain(settings: SamplingSettings) -> list[Link]:

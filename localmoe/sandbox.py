@@ -116,14 +116,14 @@ class Guarded(NodeTransformer):
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         return self._made(node, [part for pair in node.items for part in (pair.key, pair.value)])
 
-    def _made(self, node: nodes.Expr, parts: Sequence[nodes.Node]) -> nodes.Node:
+    def _made(self, node: nodes.Expr, parts: Sequence[nodes.Expr]) -> nodes.Node:
         constant = all(isinstance(part, nodes.Const) for part in parts)
         self.generic_visit(node)
         return node if constant else self._call("measured", node, [node])
 
-    def _call(self, name: str, at: nodes.Node, arguments: list[nodes.Expr]) -> nodes.Call:
+    def _call(self, name: str, at: nodes.Node, arguments: Sequence[nodes.Node]) -> nodes.Call:
         where = {"lineno": at.lineno, "environment": at.environment}
-        return nodes.Call(nodes.EnvironmentAttribute(name, **where), arguments, [], None, None, **where)
+        return nodes.Call(nodes.EnvironmentAttribute(name, **where), list(arguments), [], None, None, **where)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

@@ -1,4 +1,4 @@
-"""One conversation: messages, template and settings become a token prefix for the engine; must not know terminals or arrays."""
+"""One conversation: messages, template and settings become a token prefix; must not know terminals or arrays."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ class ChatTokenizer(TextDecoder, Protocol):
     def token(self, id: int) -> str: ...
     def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]: ...
     def encode_prompt(self, rendered: str) -> list[int]: ...
-    def is_special(self, id: int) -> bool: ...
 
 
 class ChatModel(CausalModel, Protocol):
-    """What a session asks of a model. `reasoning` holds the markers around a reasoning block, if the template has them."""
+    """What a session asks of a model. `reasoning`: the markers around a reasoning block, if the template has them."""
 
     @property
     def name(self) -> str: ...
@@ -116,7 +115,7 @@ class ReasoningSplitter:
 
 
 class Session:
-    """A conversation with one model. Its `engine` must be the model's only one; give it when the model has it already."""
+    """A conversation with one model. Its `engine` must be the model's only one: give it when there is one already."""
 
     def __init__(
         self,
@@ -126,7 +125,7 @@ class Session:
         system: str | None = None,
         engine: Engine | None = None,
     ) -> None:
-        """`template` defaults to the model's own and `settings` to its recommendation; TemplateError when it has no template."""
+        """`template` defaults to the model's own, `settings` to what it recommends; TemplateError without any."""
         own = template or model.template
         if own is None:
             raise TemplateError(
@@ -143,7 +142,7 @@ class Session:
         self._spoken: Spoken | None = None
 
     def send(self, text: str, progress: Progress | None = None) -> Iterator[Piece]:
-        """The answer to `text`, piece by piece. Ended early, the answer so far is kept; without any, `text` is taken back."""
+        """The answer to `text` in pieces. Ended early, the answer so far is kept; without any, `text` is taken back."""
         self.messages.append({"role": "user", "content": text})
         try:
             yield from self._answer(progress)
@@ -152,7 +151,7 @@ class Session:
                 self.messages.pop()
 
     def regenerate(self, progress: Progress | None = None) -> Iterator[Piece]:
-        """Another answer to the last message; the old one stays if the new one does not begin. SettingError without one."""
+        """Another answer to the last message; the old one stays if the new never begins. SettingError without any."""
         if not self.messages:
             raise SettingError("there is no answer yet to generate again")
         old = self.messages.pop()
@@ -182,8 +181,8 @@ class Session:
     def prompt(self) -> Spoken:
         """The conversation as the template renders it and as token ids, ready for an answer.
 
-        Ids that the model generated are kept where the text agrees, since tokenising an answer anew may cut it elsewhere and
-        lose the cached prefix.
+        Ids that the model generated are kept where the text agrees: tokenising an answer anew may cut it elsewhere, and
+        would lose the cached prefix.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
         rendered = self.template.render([*system, *self.messages], add_generation_prompt=True)

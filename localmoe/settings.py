@@ -1,6 +1,6 @@
-"""Sampling settings, defined once: the command line's flags, `/set`, help texts and the sampler all read this dataclass.
+"""Sampling settings, defined once: the command line's flags, `/set`, help texts and the sampler read this dataclass.
 
-Knows nothing of numpy or of models, so that `localmoe --help` stays quick.
+Must not know numpy or models, so that `localmoe --help` stays quick.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class SamplingSettings:
 
     def changed(self, **values: object) -> SamplingSettings:
         """A copy with new values, given as numbers or as text; SettingError names the key, the value and the range."""
-        return replace(self, **{name: checked(name, value) for name, value in values.items()})
+        numbers: dict[str, Any] = {name: checked(name, value) for name, value in values.items()}
+        return replace(self, **numbers)
 
 
 SETTINGS: Mapping[str, Field[float]] = {f.name: f for f in fields(SamplingSettings)}
@@ -88,7 +89,7 @@ def checked(name: str, value: object) -> float | int:
 
 
 def recommended(metadata: Mapping[str, Any]) -> dict[str, float | int]:
-    """The model's own sampling (`general.sampling.*` of a GGUF) as settings; SettingError where a value is out of range."""
+    """What the file itself recommends (`general.sampling.*`), as settings; SettingError for a value out of range."""
     found = {}
     for key, name in SamplingSettings.FILE_KEYS.items():
         if key in metadata:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ END_OF_TURN = frozenset(
 )
 # `tokenizer_class` of folders that hold vocab.json and merges.txt only, and the pre-tokenizer that it stands for.
 CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 REFUSED = {
     "bert": "WordPiece, for encoders",
     "t5": "unigram, for encoders",
@@ -69,12 +71,12 @@ class Tokenizer:
         model = metadata.get(key + "model")
         if model is None:
             raise TokenizerError("the file has no vocabulary: tokenizer.ggml.model is missing")
-        if model not in ("gpt2", "llama"):
-            kind = f" ({REFUSED[model]})" if model in REFUSED else ""
+        if str(model) not in ("gpt2", "llama"):
+            kind = f" ({REFUSED[model]})" if str(model) in REFUSED else ""
             raise UnsupportedError(f'tokenizer.ggml.model "{model}"{kind} is not supported; possible: "gpt2", "llama"')
         pieces = [piece or f"[EMPTY_{id}]" for id, piece in enumerate(_strings(metadata, key + "tokens"))]
         kinds = _numbers(metadata, key + "token_type", len(pieces), Kind.NORMAL)
-        ids = {name: metadata.get(f"{key}{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+        ids = {name: _token_id(metadata, f"{key}{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
         if model == "llama":
             scores = _numbers(metadata, key + "scores", len(pieces), 0.0)
             prefix = bool(metadata.get(key + "add_space_prefix", True))
@@ -88,7 +90,7 @@ class Tokenizer:
             }
         else:
             # A file without the key is older than the key; llama.cpp too takes the one called "default".
-            pre = pretokenizer(metadata.get(key + "pre", "default"))
+            pre = pretokenizer(str(metadata.get(key + "pre", "default")))
             merges = [tuple(pair.split(" ", 1)) for pair in _strings(metadata, key + "merges")]
             vocabulary = byte_level_bpe(pieces, kinds, merges, pre)
             add_bos = pre.add_bos
@@ -103,7 +105,17 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a folder: tokenizer.json, else tokenizer.model, else vocab.json with merges.txt."""
+        """The tokenizer of a folder: tokenizer.json, else tokenizer.model, else vocab.json with merges.txt.
+
+        Raises TokenizerError (nothing there), FileFormatError (broken files) or UnsupportedError.
+        """
+        try:
+            return cls._from_files(path)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: the tokenizer files are not as expected: {error}") from error
+
+    @classmethod
+    def _from_files(cls, path: Path) -> Tokenizer:
         config = _json(path / "tokenizer_config.json")
         names = {**_json(path / "special_tokens_map.json"), **config}
         defaults: dict[str, int | None] = {"bos_token": None, "eos_token": None}
@@ -191,7 +203,7 @@ class Tokenizer:
         if not 0 <= id < self.vocabulary_size:
             return "\ufffd".encode()
         piece, kind = self._vocabulary.pieces[id], self._vocabulary.kinds[id]
-        if kind == Kind.BYTE:
+        if kind == Kind.BYTE and BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(piece[3:5])
         if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED):
             return piece.encode()
@@ -241,20 +253,22 @@ def _byte_alphabet() -> dict[str, bytes]:
 
 def _stop_tokens(vocabulary: Vocabulary, named: Iterable[int]) -> set[int]:
     pieces = vocabulary.pieces
-    control = {
-        piece: id for id, piece in enumerate(pieces) if piece in END_OF_TURN and vocabulary.kinds[id] == Kind.CONTROL
-    }
+    ends = ((piece, id) for id, piece in enumerate(pieces) if piece in END_OF_TURN)
+    control = {piece: id for piece, id in ends if vocabulary.kinds[id] == Kind.CONTROL}
     if control.keys() & {"<|return|>", "<|flush|>"} and control.keys() & {"<|call|>", "<|calls|>"}:
         control.pop("<|end|>", None)  # in gpt-oss and Solar it ends a message, not the turn
     return {*control.values(), *(id for id in named if 0 <= id < len(pieces))}
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    values = metadata.get(key)
-    if not isinstance(values, list) or not all(isinstance(value, str | bytes) for value in values):
+    values: Any = metadata.get(key)
+    types = set(map(type, values)) if isinstance(values, list) else {None}
+    if not types <= {str, bytes}:
         raise TokenizerError(f"{key} is missing or is no list of strings")
+    if bytes not in types:
+        return list(values)
     try:
-        return [value if isinstance(value, str) else value.decode() for value in values]
+        return [value.decode() if isinstance(value, bytes) else value for value in values]
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{key} holds a string that is not UTF-8: {error}") from error
 
@@ -266,7 +280,16 @@ def _numbers(metadata: Mapping[str, Any], key: str, count: int, default: float) 
     numbers: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(numbers) < count:
         raise TokenizerError(f"{key} has {len(numbers)} entries for {count} tokens")
+    if not set(map(type, numbers)) <= {int, float}:
+        raise TokenizerError(f"{key} is no list of numbers")
     return numbers[:count]
+
+
+def _token_id(metadata: Mapping[str, Any], key: str) -> int | None:
+    found = metadata.get(key)
+    if found is not None and not isinstance(found, int):
+        raise TokenizerError(f"{key} is no whole number: {found!r:.40}")
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model without weights: a byte tokenizer, a chat template, and logits that spell scripted answers; knows no real file."""
+"""A model without weights: a byte tokenizer, a template, and logits that spell scripted answers; knows no real file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ByteTokenizer:
     def is_special(self, id: int) -> bool:
         return USER <= id <= PAD
 
-    def stream(self) -> ByteStream:
+    def stream(self, *, continues: bool = False) -> ByteStream:
         return ByteStream()
 
 
@@ -80,7 +80,8 @@ class PlainTemplate:
 class FakeModel:
     """Spells `replies[last user message]` byte by byte and then `<|end|>`; a reply may also be given as token ids.
 
-    `cache` is what the KV cache would hold, `calls` the (position, tokens) of each forward; `before_call` runs first in each.
+    `cache` is what the KV cache would hold, `calls` the (position, tokens) of each forward; `before_call` runs first
+    in each.
     """
 
     name, architecture, path, threads, nbytes = "fake-moe", "fake", Path("fake.gguf"), 2, 1_234_000

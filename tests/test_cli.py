@@ -103,6 +103,7 @@ def test_flags_become_settings_over_the_models_recommendation(
     pipe_in(monkeypatch, "/set\n")
     assert call("chat", "x.gguf", "--top-k", "3", "--seed", "1") == 0
     told = capsys.readouterr().out
+    assert "(sampling as the model recommends: temperature 0.5)" in told
     assert all(line in told for line in ("temperature = 0.5", "top_k = 3", "seed = 1", "min_p = 0.05"))
 
 
@@ -123,7 +124,7 @@ def test_chat_greets_talks_and_closes(
     assert call("chat", "x.gguf", "--context", "64", "-t", "2", "--lazy", "off", "--kv", "f32") == 0
     assert capsys.readouterr().out.splitlines() == [
         "fake-moe · fake · 1.23 MB · context 512 · 2 threads · /help for commands",
-        "(sampling as the model recommends unless a flag says otherwise: temperature 0)",
+        "(sampling as the model recommends: temperature 0)",
         "",
         "Hi there.",
         "",
@@ -281,8 +282,9 @@ def python(program: str, *words: str, **how: Any) -> subprocess.Popen[bytes]:
 
 def endless() -> None:
     """Run in a process of its own: `localmoe run` of a model that talks for long."""
-    import localmoe
     from fakes import FakeModel
+
+    import localmoe
     from localmoe.cli import main
 
     localmoe.load = lambda path, **how: FakeModel({"hello": "word " * 40_000}, context=300_000)

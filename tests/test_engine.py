@@ -1,4 +1,4 @@
-"""Claims about the engine over a fake model: what is reused, how it ends, and that an interrupt leaves the truth behind."""
+"""Claims about the engine over a fake model: what is reused, how it ends, and that an interrupt leaves the truth."""
 
 from __future__ import annotations
 

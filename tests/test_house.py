@@ -21,22 +21,22 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("formats", "memory", "settings", "pretokenizers"),
     ("loader", "kernels"),
-    ("cache", "experts", "sampling", "vocabulary"),
+    ("sampling", "sandbox", "vocabulary"),
     ("arch", "tokenizer", "template"),
     ("model",),
     ("engine",),
     ("inspection", "benchmark", "session"),
+    ("notebook",),
     ("",),
     ("repl",),
     ("cli",),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# A family knows the op list, the checkpoint and the cache, and nothing else of the rooms below it.
+# A family knows the op list (the cache with it) and the checkpoint, and nothing else of the rooms below it.
 ARCH_MAY_IMPORT = {
     "localmoe.errors",
     "localmoe.formats",
-    "localmoe.cache",
     "localmoe.kernels.ops",
     "localmoe.kernels.program",
     "localmoe.loader.checkpoint",
@@ -251,7 +251,7 @@ def test_every_folder_of_the_package_is_packaged() -> None:
 
 def test_every_file_excepted_from_mypy_exists() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-    excepted = {m for o in settings["mypy"]["overrides"] if o.get("ignore_errors") for m in o["module"]}
+    excepted = {m for o in settings["mypy"]["overrides"] if "allow_untyped_defs" in o for m in o["module"]}
     assert excepted <= set(MODULES)
 
 

@@ -1,4 +1,4 @@
-"""Claims about settings and samplers; the vocabulary here is a handful of tokens whose probabilities can be done on paper."""
+"""Claims about settings and samplers, over a handful of tokens whose probabilities can be done on paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims about a conversation over a fake model: what the model is asked, what is kept, and which tokens need not run again."""
+"""Claims about a conversation over a fake model: what it is asked, what is kept, which tokens need not run again."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_models_own_cut_of_an_answer_is_kept_for_the_next_turn() -> None:
 
 def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> None:
     class Shouting(PlainTemplate):
-        def render(self, messages, **variables):  # noqa: ANN001, ANN003, ANN202
+        def render(self, messages, **variables):
             told = [
                 {**m, "content": m["content"].upper() if m["role"] == "assistant" else m["content"]} for m in messages
             ]
@@ -93,7 +93,7 @@ def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> Non
 
 def test_text_after_an_answer_that_starts_without_a_special_token_is_tokenised_with_what_stands_before() -> None:
     class Bare(PlainTemplate):
-        def render(self, messages, **variables):  # noqa: ANN001, ANN003, ANN202
+        def render(self, messages, **variables):
             return "".join(
                 m["content"] if m["role"] == "assistant" else m["content"] + "<|assistant|>" for m in messages
             )

@@ -31,6 +31,7 @@ class Device(Protocol):
     """Compiles Programs, and owns the KV cache and the buffers that their Plans share."""
 
     name: str
+    threads: int
 
     def compile(self, program: Program) -> Plan: ...
 

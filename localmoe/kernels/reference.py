@@ -43,6 +43,7 @@ class ReferenceDevice:
     """Keeps the KV cache as float32 (or rounded through float16) numpy arrays of (K, S, d)."""
 
     name = "reference"
+    threads = 1
 
     def __init__(self, context: int, kv_format: str = "f32") -> None:
         self.context = context

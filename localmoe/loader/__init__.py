@@ -1,0 +1,1 @@
+"""From bytes on disk to named tensors and metadata; must not know any architecture."""

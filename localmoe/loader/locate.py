@@ -56,13 +56,12 @@ def one_per_model(files: list[Path]) -> list[Path]:
 
 
 def bundled() -> Path:
-    """The demo model: beside the package in the source tree, inside it where it was installed.
+    """The demo model: in models/ beside the package in the source tree, in data/ inside it where it was installed.
 
     Raises: FileFormatError where this installation has none.
     """
     package = Path(__file__).resolve().parent.parent
-    places = (package.parent / "models" / BUNDLED, package / "data" / BUNDLED, package / "models" / BUNDLED)
-    for place in places:
+    for place in (package.parent / "models" / BUNDLED, package / "data" / BUNDLED):
         if place.is_file():
             return place
     raise FileFormatError(f"the bundled model {BUNDLED} is not part of this installation; name a model: {POSSIBLE}")

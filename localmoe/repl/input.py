@@ -1,4 +1,4 @@
-"""What the user types: one message at a time, over several lines if wished; knows the command table, not the conversation."""
+"""What the user types, one message at a time, over several lines if wished; knows no conversation."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def open_reader(on_terminal: bool) -> Reader:
 
 
 def state_folder() -> Path:
-    """Where localmoe keeps what it remembers: the user's state directory (XDG base directories; %LOCALAPPDATA% on Windows)."""
+    """Where localmoe keeps what it remembers: the user's state directory (XDG; %LOCALAPPDATA% on Windows)."""
     named = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_STATE_HOME")
     return (Path(named) if named else Path.home() / ".local" / "state") / "localmoe"
 

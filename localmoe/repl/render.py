@@ -1,4 +1,4 @@
-"""The only drawing of the chat: streamed answers, tables, notices and progress, through rich; knows no session and no model."""
+"""All drawing of the chat, through rich: streamed answers, tables, notices, progress; knows no session and no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running chat: a session on a screen, and how one answer is drawn and interrupted; knows neither commands nor input."""
+"""The running chat: a session on a screen, how an answer is drawn and interrupted; knows neither commands nor input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Talk:
     open: bool = True
 
     def answer(self, generate: Callable[[Progress], Iterator[Piece]]) -> None:
-        """Draw an answer of the session as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
+        """Draw an answer as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
         drawn = self.screen.answer()
         with Interrupt.watched() as interrupt, self.screen.progress("reading the prompt") as bar:
 

@@ -35,7 +35,7 @@ class Shape:
     shared: int = 1
     epsilon: float = 1e-6
     theta: float = 10_000.0
-    context: int = 1024
+    context: int = 512
 
 
 def weight_shapes(s: Shape) -> dict[str, tuple[int, ...]]:

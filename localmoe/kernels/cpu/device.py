@@ -39,9 +39,13 @@ class CpuDevice:
         lowering = Lowering(self, program)
         lowering.run()
         self.kernels.prepare(("run_tape", *lowering.kernel_names()), self._report)
+        return CpuPlan(self, program, lowering)
+
+    def threads_run(self, tape: npt.NDArray[np.int64]) -> None:
+        """Walk a tape, (entries, 2) of kernel and argument block addresses, with all threads."""
         if self.team is None:
             self.team = Team(self.threads, self.kernels.address("run_tape"))
-        return CpuPlan(self.team, program, lowering, self.kernels)
+        self.team.run(tape.ctypes.data, len(tape))
 
     def cache(self, layer: CacheLayer) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic] | None]:
         """The arrays of one layer; pages come into being when they are written."""
@@ -74,14 +78,14 @@ class CpuDevice:
 class CpuPlan:
     """An op tape with everything it points at."""
 
-    def __init__(self, team: Team, program: Program, lowering: Lowering, kernels: Kernels) -> None:
-        self._team = team
+    def __init__(self, device: CpuDevice, program: Program, lowering: Lowering) -> None:
+        self._device = device
         self._program = program
         self._kept = lowering  # the arena, the address tables and the views that the tape's arguments point into
         self._arena = zeros((lowering.arena.size,), np.dtype(np.uint8))
         base = self._arena.ctypes.data
         self._control = zeros((CONTROL_SLOTS,), np.dtype(np.int64))
-        self._arguments, self._tape = lowering.link(kernels.address, base, self._control.ctypes.data)
+        self._arguments, self._tape = lowering.link(device.kernels.address, base, self._control.ctypes.data)
         self._input = self._piece(lowering.offset(program.input), program.tokens, np.dtype(np.int32))
         rows = program.output.shape[0]
         flat = self._piece(lowering.offset(program.output), rows * program.output.shape[1], np.dtype(np.float32))
@@ -90,7 +94,7 @@ class CpuPlan:
     def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
         self._input[: tokens.size] = tokens
         self._control[0], self._control[1] = tokens.size, position
-        self._team.run(self._tape.ctypes.data, len(self._tape))
+        self._device.threads_run(self._tape)
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:

@@ -1,130 +1,142 @@
-"""The float GEMM of a prefill chunk: weights dequantised strip by strip against packed panels of tokens; knows no op and no format.
+"""Matrix times matrix in float32 for prefill: weights become float32 a strip at a time, whatever their format; knows no threads.
 
-A panel holds `panel_tokens` rows of x as (K, tokens), so that one weight is multiplied with two vectors of tokens. For every output the
-sum over K runs in one order, whatever else is in the chunk: results do not depend on T, on a token's place or on the threads.
+Tokens are packed once per op into panels: panel p is float32 [columns][panel_tokens], tokens p·panel_tokens …, missing ones zero.
+A token's result is summed in the order of `columns`, a chunk at a time, whatever the number of tokens or its place among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.isa import Isa
 
-ARGUMENTS = 11  # slots of the block that `gemm` reads
-STRIP_ROWS = 24  # dequantised together: a panel's part is read once from L3 for all of them
-DEPTH = 512  # columns at a time, a multiple of every block: 24 rows are 48 KB and a panel's part 64 KB, both in L2
-_ROWS = 6  # of a microkernel: 12 accumulators fit 16 registers
+CHUNK = 512  # columns: a strip (50 KB) and a panel's chunk (64 KB) stay in the second-level cache
+_TILE_ROWS = {"avx512": 8, "avx2": 6, "portable": 2}
+ARGUMENTS = 11  # int64 that `gemm` reads
+STRIP_ROWS = 24  # a multiple of every tile's rows; threads should share rows by whole strips
+ARGUMENTS = 11
+_TOKENS = 256  # sums of a strip over so many tokens stay in the cache until all columns are in
+_ROW_STRIDE = CHUNK * 4 + 64  # off a multiple of 4096, so that the rows of a tile fall into different cache sets
 
 
 def panel_tokens(isa: Isa) -> int:
-    """Tokens in a panel: two vectors."""
     return 2 * isa.lanes
 
 
+def strip_rows(isa: Isa) -> int:
+    """Rows of weights that are made float32 together: threads share the work by whole strips."""
+    return _STRIP_ROWS[isa.name]
+
+
+def panel_nbytes(isa: Isa, columns: int) -> int:
+    """Bytes of one panel; T tokens need ceil(T / panel_tokens) of them, one after the other."""
+    return columns * panel_tokens(isa) * 4
+
+
 def scratch_nbytes(tokens: int, isa: Isa) -> int:
-    """Bytes a thread needs: a dequantised strip and the sums of a strip for every panel of `tokens` tokens."""
-    wide = panel_tokens(isa)
-    return 4 * STRIP_ROWS * (DEPTH + -(-tokens // wide) * wide)
+    """Bytes of scratch that each thread in `gemm` needs for itself."""
+    width = panel_tokens(isa)
+    return STRIP_ROWS * (_ROW_STRIDE + 4 * min(_TOKENS, (tokens + width - 1) // width * width))
 
 
-@kernel("pack_panel", 5)
-def pack_panel(v: Any) -> Any:
-    """(x, row stride in bytes, rows, columns, panels): as many panels as the rows need, missing rows as zeros."""
-    wide = panel_tokens(v.isa)
+@kernel("pack_panel", arguments=5)
+def pack_panel(v: Any) -> Callable[..., None]:
+    """(x float32, row_stride in bytes, tokens, columns, panels): threads may share the work by whole panels."""
+    width = 2 * v.lanes
 
-    def run(x, stride, rows, columns, panels):  # type: ignore[no-untyped-def]
-        for first in range(0, rows, wide):
-            target = panels + 4 * first * columns
-            for t in range(wide):
-                if first + t < rows:
-                    source = x + (first + t) * stride
-                    for k in range(columns):
-                        v.store(target + 4 * (k * wide + t), v.load(v.float32, source + 4 * k))
-                else:
-                    for k in range(columns):
-                        v.store(target + 4 * (k * wide + t), np.float32(0))
+    def pack_one(x, row_stride, tokens, columns, panel):
+        whole, even = tokens - tokens % 4, columns - columns % 4
+        for t in range(0, whole, 4):
+            for k in range(0, even, 4):
+                place = panel + (k * width + t) * 4
+                a, b, c, d = v.transpose4(x + t * row_stride + k * 4, row_stride)
+                v.store(place, a)
+                v.store(place + width * 4, b)
+                v.store(place + width * 8, c)
+                v.store(place + width * 12, d)
+        for t in range(width):
+            for k in range(even if t < whole else 0, columns):
+                value = v.load(v.float32, x + t * row_stride + k * 4) if t < tokens else np.float32(0)
+                v.store(panel + (k * width + t) * 4, value)
 
-    return run
+    pack_one = v.function(pack_one)
+
+    def pack(x, row_stride, tokens, columns, panels):
+        for first in range(0, tokens, width):
+            count = min(width, tokens - first)
+            pack_one(x + first * row_stride, row_stride, count, columns, panels + first * columns * 4)
+
+    return pack
 
 
-@kernel("gemm", 1)
-def gemm(v: Any) -> Any:
-    """Block: dequantise kernel, weights, row bytes, panels, out, its row stride (bytes), T, K, first row, last row + 1, scratch.
+def _put(v: Any, stride: int) -> Any:
+    """(sums[rows][stride bytes], rows, out of row 0 and token 0, out's token stride, tokens): out[t, r] = sums[r, t]."""
 
-    out[t, r] for every token and the rows asked for; out is the address of (0, 0).
+    def put(sums, rows, out, out_stride, tokens):
+        whole, fours = rows - rows % 4, tokens - tokens % 4
+        for t in range(0, fours, 4):
+            for r in range(0, whole, 4):
+                a, b, c, d = v.transpose4(sums + r * stride + t * 4, stride)
+                place = out + t * out_stride + r * 4
+                v.store(place, a)
+                v.store(place + out_stride, b)
+                v.store(place + 2 * out_stride, c)
+                v.store(place + 3 * out_stride, d)
+        for t in range(tokens):
+            for r in range(whole if t < fours else 0, rows):
+                v.store(out + t * out_stride + r * 4, v.load(v.float32, sums + r * stride + t * 4))
+
+    return v.function(put)
+
+
+@kernel("gemm", arguments=1)
+def gemm(v: Any) -> Callable[..., None]:
+    """(address of ARGUMENTS int64): dequantise kernel, weights, row_nbytes, panels, out, out_stride, tokens, columns, row_start,
+    row_stop, scratch.
+
+    out[t, r] float32 for all tokens and row_start <= r < row_stop; out is the address of row 0 of token 0, out_stride the bytes
+    from one token to the next; scratch belongs to the calling thread (`scratch_nbytes`).
     """
-    slot, micro = slots(v), _micro(v)
-    wide = panel_tokens(v.isa)
+    tile_rows, strip_rows, width, half = _TILE_ROWS[v.isa.name], STRIP_ROWS, 2 * v.lanes, v.lanes
+    sums_stride, panel_sums = width * 4, strip_rows * width * 4
+    wide, narrow, put = v.tile(tile_rows, 2, sums_stride), v.tile(tile_rows, 1, sums_stride), _put(v, sums_stride)
+    chunk, row_stride, most_tokens = CHUNK, _ROW_STRIDE, _TOKENS
 
-    def run(b):  # type: ignore[no-untyped-def]
-        row_nbytes, panels, stride, tokens, columns = slot(b, 2), slot(b, 3), slot(b, 5), slot(b, 6), slot(b, 7)
-        strip, stop = slot(b, 10), slot(b, 9)
-        sums = strip + 4 * STRIP_ROWS * DEPTH
-        many = (tokens + wide - 1) // wide
-        for row in range(slot(b, 8), stop, STRIP_ROWS):
-            height = min(STRIP_ROWS, stop - row)
-            for k in range(0, columns, DEPTH):
-                depth = min(DEPTH, columns - k)
-                for i in range(height):
-                    source = slot(b, 1) + (row + i) * row_nbytes + row_nbytes * k // columns
-                    v.call(slot(b, 0), source, strip + 4 * i * DEPTH, depth)
-                for p in range(many):
-                    x = panels + 4 * wide * (p * columns + k)
-                    for i in range(0, height, _ROWS):
-                        micro(strip + 4 * i * DEPTH, x, depth, sums + 4 * wide * (p * STRIP_ROWS + i), k == 0)
-            for t in range(tokens):
-                source = sums + 4 * (t // wide * STRIP_ROWS * wide + t % wide)
-                target = slot(b, 4) + t * stride + 4 * row
-                for i in range(height):
-                    v.store(target + 4 * i, v.load(v.float32, source + 4 * i * wide))
+    def multiply(arguments):
+        dequantise, weights = v.load(v.int64, arguments), v.load(v.int64, arguments + 8)
+        row_nbytes, panels = v.load(v.int64, arguments + 16), v.load(v.int64, arguments + 24)
+        out, out_stride = v.load(v.int64, arguments + 32), v.load(v.int64, arguments + 40)
+        tokens, columns = v.load(v.int64, arguments + 48), v.load(v.int64, arguments + 56)
+        row_start, row_stop = v.load(v.int64, arguments + 64), v.load(v.int64, arguments + 72)
+        scratch = v.load(v.int64, arguments + 80)
+        sums = scratch + strip_rows * row_stride
+        for first in range(row_start, row_stop, strip_rows):
+            rows = min(strip_rows, row_stop - first)
+            filled = (rows + tile_rows - 1) // tile_rows * tile_rows
+            for start in range(0, tokens, most_tokens):
+                stop = min(start + most_tokens, tokens)
+                for i in range((stop - start + width - 1) // width * panel_sums // (4 * half)):
+                    v.store(sums + i * (4 * half), v.zero(v.f32))
+                for k in range(0, columns, chunk):
+                    count = min(chunk, columns - k)
+                    for r in range(filled):
+                        source = weights + min(first + r, row_stop - 1) * row_nbytes + row_nbytes * k // columns
+                        v.call(dequantise, source, scratch + r * row_stride, count)
+                    for t in range(start, stop, width):
+                        panel = panels + (t * columns + k * width) * 4
+                        into = sums + (t - start) // width * panel_sums
+                        for r in range(0, rows, tile_rows):
+                            strip = scratch + r * row_stride
+                            if stop - t > half:
+                                wide(strip, row_stride, panel, sums_stride, count, into + r * sums_stride)
+                            else:
+                                narrow(strip, row_stride, panel, sums_stride, count, into + r * sums_stride)
+                for t in range(start, stop, width):
+                    place = out + t * out_stride + first * 4
+                    put(sums + (t - start) // width * panel_sums, rows, place, out_stride, min(width, stop - t))
 
-    return run
-
-
-def _micro(v: Any) -> Any:
-    """Six rows of weights times one panel over `depth` columns, added to the (6, wide) sums unless `fresh`."""
-    lanes, row, wide = v.lanes, 4 * DEPTH, 4 * panel_tokens(v.isa)
-
-    def micro(w, x, depth, sums, fresh):  # type: ignore[no-untyped-def]
-        a0, a1, a2, a3, a4, a5 = (v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32))
-        b0, b1, b2, b3, b4, b5 = (v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32))
-        if not fresh:
-            a0, b0 = v.load(v.f32, sums), v.load(v.f32, sums + 4 * lanes)
-            a1, b1 = v.load(v.f32, sums + wide), v.load(v.f32, sums + wide + 4 * lanes)
-            a2, b2 = v.load(v.f32, sums + 2 * wide), v.load(v.f32, sums + 2 * wide + 4 * lanes)
-            a3, b3 = v.load(v.f32, sums + 3 * wide), v.load(v.f32, sums + 3 * wide + 4 * lanes)
-            a4, b4 = v.load(v.f32, sums + 4 * wide), v.load(v.f32, sums + 4 * wide + 4 * lanes)
-            a5, b5 = v.load(v.f32, sums + 5 * wide), v.load(v.f32, sums + 5 * wide + 4 * lanes)
-        for k in range(depth):
-            x0, x1 = v.load(v.f32, x + k * wide), v.load(v.f32, x + k * wide + 4 * lanes)
-            at = w + 4 * k
-            s = v.splat(v.f32, v.load(v.float32, at))
-            a0, b0 = v.fma(s, x0, a0), v.fma(s, x1, b0)
-            s = v.splat(v.f32, v.load(v.float32, at + row))
-            a1, b1 = v.fma(s, x0, a1), v.fma(s, x1, b1)
-            s = v.splat(v.f32, v.load(v.float32, at + 2 * row))
-            a2, b2 = v.fma(s, x0, a2), v.fma(s, x1, b2)
-            s = v.splat(v.f32, v.load(v.float32, at + 3 * row))
-            a3, b3 = v.fma(s, x0, a3), v.fma(s, x1, b3)
-            s = v.splat(v.f32, v.load(v.float32, at + 4 * row))
-            a4, b4 = v.fma(s, x0, a4), v.fma(s, x1, b4)
-            s = v.splat(v.f32, v.load(v.float32, at + 5 * row))
-            a5, b5 = v.fma(s, x0, a5), v.fma(s, x1, b5)
-        v.store(sums, a0)
-        v.store(sums + 4 * lanes, b0)
-        v.store(sums + wide, a1)
-        v.store(sums + wide + 4 * lanes, b1)
-        v.store(sums + 2 * wide, a2)
-        v.store(sums + 2 * wide + 4 * lanes, b2)
-        v.store(sums + 3 * wide, a3)
-        v.store(sums + 3 * wide + 4 * lanes, b3)
-        v.store(sums + 4 * wide, a4)
-        v.store(sums + 4 * wide + 4 * lanes, b4)
-        v.store(sums + 5 * wide, a5)
-        v.store(sums + 5 * wide + 4 * lanes, b5)
-
-    return v.function(micro)
+    return multiply

@@ -1,7 +1,7 @@
 """LLVM vectors as values inside Numba functions, and the way from such a function to an LLVM module; knows no kernel.
 
 `vectors(isa)` gives the module `v` that a kernel factory receives. In a kernel, `x + y`, `x * 2`, `x >> 4`, `x & 15` work on vectors of
-one kind (a scalar is spread over the lanes); everything else is a function of `v` from `vector_memory.py` and `vector_maths.py`.
+one kind (a scalar is spread over the lanes); everything else is a function of `v` from `vector_memory.py`, `vector_maths.py` and `vector_tile.py`.
 Imports numba: to be imported only where something must be compiled.
 """
 
@@ -74,6 +74,7 @@ _ARITIES: dict[int, Callable[[Any], Any]] = {
     1: lambda f: lambda typingctx, a: f(a),
     2: lambda f: lambda typingctx, a, b: f(a, b),
     3: lambda f: lambda typingctx, a, b, c: f(a, b, c),
+    6: lambda f: lambda typingctx, a, b, c, d, e, g: f(a, b, c, d, e, g),
 }
 
 
@@ -163,7 +164,7 @@ def vectors(isa: Isa) -> ModuleType:
 
     Kinds of vectors are v.f32, v.i32 (as many lanes as the instruction set has) and v.u8x64, v.i16x8 …; scalars are v.float32, v.int64 ….
     """
-    from localmoe.kernels.cpu import vector_maths, vector_memory
+    from localmoe.kernels.cpu import vector_maths, vector_memory, vector_tile
 
     v = ModuleType(f"vectors_{isa.name}")
     members: dict[str, Any] = {"isa": isa, "lanes": isa.lanes, "f32": kind("f32", isa.lanes), "i32": kind("i32", isa.lanes)}
@@ -172,6 +173,7 @@ def vectors(isa: Isa) -> ModuleType:
     members["function"] = njit(inline="always", error_model="numpy", boundscheck=False)
     members.update(vector_memory.operations(isa))
     members.update(vector_maths.operations(isa))
+    members.update(vector_tile.operations(isa))
     for name, member in members.items():
         setattr(v, name, member)
     return v

@@ -1,0 +1,121 @@
+"""What a model file is and needs, from its header alone: parameters, formats, bytes, KV cache, the Program; prints nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from localmoe.formats import Weight
+from localmoe.kernels.program import Op, Program
+from localmoe.loader.locate import open_source
+from localmoe.loader.source import Source
+from localmoe.memory import available_nbytes, readable_size, total_nbytes
+from localmoe.model import DEFAULT_CONTEXT, Network
+
+Section = tuple[str, list[tuple[str, str]]]
+
+
+def report(path: str | Path, context: int | None = None) -> list[Section]:
+    """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
+    network = Network(open_source(path))
+    source, program = network.source, network.program(1)
+    routed = [op for op in program.ops if op.name == "experts"]
+    return [
+        ("model", _model(network, context)),
+        ("parameters", _parameters(source, routed)),
+        ("formats", _formats(source)),
+        ("memory", _memory(network, program, routed, context or min(network.trained_context, DEFAULT_CONTEXT))),
+    ]
+
+
+def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
+    program = Network(open_source(path)).program(1)
+    header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
+    rows = [
+        (
+            str(i),
+            op.name,
+            _shapes([t.shape for t in op.inputs]),
+            _shapes([t.shape for t in op.outputs]),
+            " ".join(f"{w.name}:{w.format.name}{list(w.shape)}" for w in op.weights),
+            str(op.weight_nbytes(1)),
+            str(op.flops(1, 0)),
+        )
+        for i, op in enumerate(program.ops)
+    ]
+    return header, rows
+
+
+def _model(network: Network, context: int | None) -> list[tuple[str, str]]:
+    source = network.source
+    rows = [
+        ("file", str(source.path)),
+        ("name", str(source.metadata.get("general.name", "not given"))),
+        ("architecture", network.metadata.architecture),
+        ("blocks", str(network.config.block_count)),
+        ("hidden width", str(network.config.embedding_length)),
+        ("vocabulary", f"{network.config.vocabulary:,}"),
+        ("trained context", f"{network.trained_context:,}"),
+        ("size", readable_size(source.nbytes)),
+    ]
+    licence = source.metadata.get("general.license")
+    return rows + ([("licence", str(licence))] if licence else [])
+
+
+def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:
+    total = sum(w.elements for w in source.tensors.values())
+    asleep = sum(
+        w.elements * (w.shape[0] - op.inputs[1].shape[1]) // w.shape[0] for op in routed for w in op.weights
+    )
+    rows = [("total", _count(total)), ("active per token", _count(total - asleep))]
+    if routed:
+        chosen, experts = routed[0].inputs[1].shape[1], routed[0].weights[0].shape[0]
+        rows.append(("experts", f"{chosen} of {experts} in {len(routed)} layers"))
+    return rows
+
+
+def _formats(source: Source) -> list[tuple[str, str]]:
+    by_format: dict[str, list[Weight]] = defaultdict(list)
+    for weight in source.tensors.values():
+        by_format[weight.format.name].append(weight)
+    sizes = {name: sum(w.nbytes for w in weights) for name, weights in by_format.items()}
+    whole = sum(sizes.values())
+    return [
+        (name, f"{len(by_format[name])} tensors, {readable_size(size)}, {100 * size / whole:.1f} %")
+        for name, size in sorted(sizes.items(), key=lambda pair: -pair[1])
+    ]
+
+
+def _memory(network: Network, program: Program, routed: list[Op], context: int) -> list[tuple[str, str]]:
+    experts = sum(w.nbytes for op in routed for w in op.weights)
+    weights = sum(w.nbytes for w in network.source.tensors.values())
+    per_token = 2 * program.cache_elements()  # f16
+    needed, free = weights + context * per_token, available_nbytes()
+    if needed <= free:
+        verdict = f"yes: {readable_size(needed)} of {readable_size(free)} free"
+    elif needed <= total_nbytes():
+        verdict = f"only when other programs end: {readable_size(needed)} needed, {readable_size(free)} free"
+    else:
+        verdict = f"no: {readable_size(needed)} needed, {readable_size(total_nbytes())} in all; weights are read from disk again and again"
+    return [
+        ("dense weights", readable_size(weights - experts)),
+        ("expert weights", readable_size(experts)),
+        ("read for one token", readable_size(program.weight_nbytes(1))),
+        ("KV cache per token (f16)", readable_size(per_token)),
+        (f"KV cache at {context:,} tokens", readable_size(context * per_token)),
+        ("fits this machine", verdict),
+    ]
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " ".join("×".join(map(str, s)) for s in shapes)
+
+
+def _count(parameters: int) -> str:
+    """1234567 -> "1.23 M"."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if parameters >= size:
+            return f"{parameters / size:.2f} {unit}"
+    return f"{parameters:,}"
