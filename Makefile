@@ -42,7 +42,7 @@ lint: setup ## ruff, mypy, and docs/cli.md up to date
 	@$(BIN)/ruff check -q
 	@$(BIN)/ruff format -q --check
 	@$(BIN)/mypy
-	@if [ -f docs/make_cli.py ]; then $(BIN)/python docs/make_cli.py --check; fi
+	@$(BIN)/python docs/make_cli.py --check
 
 fix: setup ## what ruff can mend by itself
 	@$(BIN)/ruff check -q --fix

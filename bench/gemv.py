@@ -99,7 +99,15 @@ def main() -> None:
                 nbytes = share * row_nbytes // 1024 * 1024
 
                 def multiply(n: int) -> None:
-                    gemv(weights.ctypes.data, row_nbytes, row.ctypes.data, out.ctypes.data, COLUMNS, n * share, (n + 1) * share)
+                    gemv(
+                        weights.ctypes.data,
+                        row_nbytes,
+                        row.ctypes.data,
+                        out.ctypes.data,
+                        COLUMNS,
+                        n * share,
+                        (n + 1) * share,
+                    )
 
                 def only_read(n: int) -> None:
                     read(weights.ctypes.data + n * share * row_nbytes, nbytes, sink.ctypes.data + n * 64)

@@ -267,7 +267,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
     from localmoe.settings import not_followed
 
     facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
-    screen.line(f"{' · '.join(facts)} · {model.threads} threads · /help for commands")
+    threads = "1 thread" if model.threads == 1 else f"{model.threads} threads"
+    screen.line(" · ".join([*facts, threads, "/help for commands"]))
     followed = [
         f"{name} {value:g}" for name, value in model.recommended.items() if getattr(session.settings, name) == value
     ]

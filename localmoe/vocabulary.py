@@ -137,7 +137,11 @@ def ready_made(engine: Engine, name: str) -> Vocabulary:
         raise UnsupportedError(
             f"{name}: decoder {', '.join(sorted(unknown))} is not supported (ByteLevel and U+2581 are)"
         )
+    if (kind := type(engine.model).__name__) not in ("BPE", "Unigram"):
+        raise UnsupportedError(f"{name}: model {kind} is not supported (BPE and Unigram are)")
     ids = engine.get_vocab(with_added_tokens=True)
+    if (largest := max(ids.values(), default=0)) > 2 * len(ids) + 65536:
+        raise FileFormatError(f"{name}: token id {largest} in a vocabulary of {len(ids)}")
     pieces = [""] * (max(ids.values(), default=-1) + 1)
     for piece, id in ids.items():
         pieces[id] = piece

@@ -37,6 +37,15 @@ def test_a_character_left_incomplete_is_replaced_at_the_end() -> None:
     assert cut == [Step(0xC3, "�", "length")]
 
 
+@pytest.mark.parametrize(("tokens", "continues"), [([ASSISTANT], False), ([ord("q"), ASSISTANT], True)])
+def test_a_first_space_is_text_where_text_stands_before_it(tokens: list[int], continues: bool) -> None:
+    model, asked = FakeModel(), []
+    stream = model.tokenizer.stream
+    model.tokenizer.stream = lambda *, continues=False: asked.append(continues) or stream()
+    list(Engine(model).generate(tokens, GREEDY))
+    assert asked == [continues]
+
+
 def test_max_tokens_ends_with_length() -> None:
     steps = list(Engine(FakeModel({"q": "long answer"})).generate(prompt("q"), GREEDY.changed(max_tokens=4)))
     assert (text_of(steps), steps[-1].finish) == ("long", "length")

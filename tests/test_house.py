@@ -251,7 +251,7 @@ def test_every_folder_of_the_package_is_packaged() -> None:
 
 def test_every_file_excepted_from_mypy_exists() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-    excepted = {m for o in settings["mypy"]["overrides"] if "allow_untyped_defs" in o for m in o["module"]}
+    excepted = {m for o in settings["mypy"]["overrides"] for m in o["module"] if m.startswith("localmoe.")}
     assert excepted <= set(MODULES)
 
 

@@ -120,7 +120,24 @@ def test_deepseek_r1_from_tokenizer_json_gives_the_ids_of_transformers(conforman
     assert len(cases) == 50
     assert [case["text"] for case in cases if tokenizer.encode(case["text"], bos=False) != case["ids"]] == []
     assert [case["text"] for case in cases if tokenizer.decode(case["ids"], special=True) != case["text"]] == []
-    assert (tokenizer.bos, tokenizer.stop, tokenizer.add_bos) == (0, {1}, True)
+    assert (tokenizer.bos, tokenizer.stop, tokenizer.add_bos) == (0, frozenset({1}), True)
+
+
+def test_the_deepseek_v3_pre_tokenizer_gives_the_ids_of_transformers(conformance: Path) -> None:
+    """The same vocabulary as a GGUF file would hold it: the pattern then comes from our table."""
+    source = conformance / "tokenizers" / "deepseek-r1"
+    saved = json.loads(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    ids = saved["model"]["vocab"] | {token["content"]: token["id"] for token in saved["added_tokens"]}
+    pieces = sorted(ids, key=ids.__getitem__)
+    assert [ids[piece] for piece in pieces] == list(range(len(pieces)))
+    kinds = np.full(len(pieces), Kind.NORMAL, np.int32)
+    for token in saved["added_tokens"]:
+        kinds[token["id"]] = Kind.CONTROL if token["special"] else Kind.USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in saved["model"]["merges"]]
+    metadata = byte_level_metadata(pieces, merges, "deepseek-v3") | {"tokenizer.ggml.token_type": kinds}
+    tokenizer = Tokenizer.from_gguf(metadata)
+    cases = json.loads((source / "golden_hf.json").read_text())["cases"]
+    assert [case["text"] for case in cases if tokenizer.encode(case["text"], bos=False) != case["ids"]] == []
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
@@ -345,6 +362,30 @@ def test_every_pre_tokenizer_compiles_and_loses_no_text(pre: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["I", "'", "LL", " we", "'ll", " 12345"]),
+        ("llama-bpe", ["I", "'LL", " we", "'ll", " ", "123", "45", "\n\n", "x"]),
+        ("qwen2", ["I", "'LL", " ", "1", "2", ".\n", "x"]),
+        ("qwen35", ["\u0928\u0940", "1", "2"]),
+        ("gpt-4o", ["get", "User", "Name's", " ", "123", "4", "/\n"]),
+        ("tekken", ["get", "User", "Name", "'s", " ", "1", "2"]),
+        ("kimi-k2", ["\u4e2d\u6587", "abc", "Def", "\u4e2d"]),
+        ("deepseek-v3", ["123", "45", "\u4e2d\u3072", " x", ".\n"]),
+        ("falcon", ["123", "4", " x"]),
+        ("starcoder", ["1", "2", " x"]),
+        ("tiny_aya", ["1", "234", "567"]),
+    ],
+)
+def test_a_pre_tokenizer_cuts_where_its_model_does(pre: str, words: list[str]) -> None:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence, Split
+
+    cut = Sequence([Split(Regex(pattern), "isolated") for pattern in PRETOKENIZERS[pre].patterns])
+    assert [word for word, _ in cut.pre_tokenize_str("".join(words))] == words
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": "rwkv"}, '"rwkv"'),
@@ -369,7 +410,7 @@ def test_a_broken_or_foreign_vocabulary_is_refused_by_name(change: dict[str, Any
 
 def test_ids_outside_the_vocabulary_are_ignored_as_flags_and_marked_as_text() -> None:
     tokenizer = byte_tokenizer(bos_token_id=9999, eot_token_id=-5, add_bos_token=True)
-    assert (tokenizer.bos, tokenizer.add_bos, tokenizer.stop) == (None, False, {257, 258})
+    assert (tokenizer.bos, tokenizer.add_bos, tokenizer.stop) == (None, False, frozenset({257, 258}))
     assert tokenizer.decode([104, 5000]) == "h\ufffd"
 
 
@@ -407,7 +448,7 @@ def test_tokenizer_json_adds_bos_where_its_post_processor_does(tmp_path: Path) -
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 65]}')
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("hello") == [256, *b"hello"]
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.stop) == (256, 257, {65, 257, 258})
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.stop) == (256, 257, frozenset({65, 257, 258}))
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert Tokenizer.from_folder(tmp_path).encode("hello") == [*b"hello"]
 
@@ -417,6 +458,24 @@ def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path: Path) -> None
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(FileFormatError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"type": "BPE", "vocab": {"a": 0, "b": 4_000_000_000}, "merges": []},
+            "token id 4000000000 in a vocabulary of 2",
+        ),
+        ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "model WordLevel is not supported"),
+    ],
+)
+def test_a_tokenizer_json_that_is_hostile_or_of_another_kind_is_refused(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises((FileFormatError, UnsupportedError), match=message):
         Tokenizer.from_folder(tmp_path)
 
 

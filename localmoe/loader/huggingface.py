@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def _gguf_named(
                     f"{entry.path}: tensor {shown(name)} is a second expert {single['number']} of {shown(stack)}"
                 )
             continue
-        _add(makers, rename(name), entry, partial(entry.weight, rename(name)))
+        renamed = rename(name)
+        _add(makers, renamed, entry, partial(entry.weight, renamed))
     for name, found in experts.items():
         missing = next((number for number in range(len(found)) if number not in found), None)
         if missing is not None:
@@ -103,6 +104,7 @@ def _renaming(architecture: str, layers: int) -> Callable[[str], str]:
         found: str | None = table.get_name(plain, try_suffixes=(".weight", ".bias"))
         return found
 
+    @cache
     def rename(name: str) -> str:
         layer = LAYER.fullmatch(name)
         if not layer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -75,26 +76,27 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> Entry:
-    tensor = f"{path}: tensor {shown(name)}"
-    if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"{tensor} is {shown(found)}, expected dtype, shape and data_offsets")
+    def error(what: str) -> FileFormatError:
+        return FileFormatError(f"{path}: tensor {shown(name)} {what}")
+
+    if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
+        raise error(f"is {shown(found)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
     if not isinstance(dtype, str):
-        raise FileFormatError(f"{tensor} has dtype {shown(dtype)}, expected a name")
-    if not _whole_numbers(shape) or len(shape) > 8 or min(shape, default=1) < 1:
-        raise FileFormatError(f"{tensor} has shape {shown(shape)}, expected whole numbers from 1")
+        raise error(f"has dtype {shown(dtype)}, expected a name")
+    if not _whole_numbers(shape) or len(shape) > 8 or 0 in shape:
+        raise error(f"has shape {shown(shape)}, expected whole numbers from 1")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FileFormatError(f"{tensor} has data_offsets {shown(offsets)}, expected a start and an end")
+        raise error(f"has data_offsets {shown(offsets)}, expected a start and an end")
     start, stop = begin + offsets[0], begin + offsets[1]
     if stop > len(data):
-        raise FileFormatError(f"{tensor} ends at byte {stop}, the file at {len(data)}: is the download complete?")
+        raise error(f"ends at byte {stop}, the file at {len(data)}: is the download complete?")
     if prod(shape[:-2]) > MATRIX_LIMIT:
-        raise FileFormatError(f"{tensor} has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
-    entry = Entry(name, dtype, tuple(shape), start, stop, path, data)
-    if dtype in READABLE and prod(shape) * entry.format.nbytes != stop - start:
-        expected = f"{prod(shape) * entry.format.nbytes} bytes for {dtype} {tuple(shape)}"
-        raise FileFormatError(f"{tensor} has {stop - start} bytes, expected {expected}")
-    return entry
+        raise error(f"has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
+    if dtype in READABLE and prod(shape) * FORMATS[dtype].nbytes != stop - start:
+        expected = f"{prod(shape) * FORMATS[dtype].nbytes} bytes for {dtype} {tuple(shape)}"
+        raise error(f"has {stop - start} bytes, expected {expected}")
+    return Entry(name, dtype, tuple(shape), start, stop, path, data)
 
 
 def read_shards(folder: Path) -> tuple[dict[str, Entry], int]:
@@ -146,11 +148,10 @@ def parse_json(text: bytes, origin: str) -> dict[str, Any]:
     """A JSON object in which no key appears twice. Raises FileFormatError naming `origin` and the place."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise FileFormatError(f"{origin}: key {shown(name)} appears twice")
-            found[name] = value
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise FileFormatError(f"{origin}: key {shown(twice)} appears twice")
         return found
 
     def number(name: str) -> Any:
@@ -170,4 +171,4 @@ def parse_json(text: bytes, origin: str) -> dict[str, Any]:
 
 
 def _whole_numbers(found: Any) -> bool:
-    return isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
+    return isinstance(found, list) and {int}.issuperset(map(type, found)) and min(found, default=0) >= 0

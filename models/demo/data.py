@@ -1,10 +1,11 @@
-"""Build the demo model's data set: corpora to cleaned chat turns, a byte-level BPE tokenizer, token streams; knows nothing of the model.
+"""Build the demo model's data set: cleaned chat turns, a byte-level BPE tokenizer, token streams; knows no model.
 
     python data.py CORPORA OUT [--seed 1]
 
-Writes OUT/tokenizer.json and OUT/data.npz with, per source and split, `tokens` (uint16) and `roles` (uint8: 0 frame or system, 1 user, 2 assistant)
-of all documents one after the other, each beginning with <|bos|>. Used: self-dialogue (BSD-3), chitchat (MIT), chatterbot-english (BSD-3) and the
-dialogues of talk.py (our own). Left out: Shakespeare and the Wizard of Oz (no small talk), gsm8k (beyond a model of this size), wikitext2 (licence).
+Writes OUT/tokenizer.json (kept where it is there) and OUT/data.npz with, per source and split, `tokens` (uint16)
+and `roles` (uint8: 0 frame or system, 1 user, 2 assistant) of all documents one after another, each begun by <|bos|>.
+Used: self-dialogue (BSD-3), chitchat (MIT), chatterbot-english (BSD-3) and the dialogues of talk.py (our own). Left
+out: Shakespeare and the Wizard of Oz (no small talk), gsm8k (beyond a model of this size), wikitext2 (licence).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import csv
 import random
 import re
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +26,42 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 VOCABULARY = 4096
 SPECIAL = ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 BOS, END, USER, ASSISTANT, SYSTEM = range(5)
-CHATTERBOT = "ai computers conversations food greetings history humor literature money movies science sports trivia".split()
+CHATTERBOT = (
+    "ai computers conversations food greetings history humor literature money movies science sports trivia".split()
+)
 HELD_OUT = {"dialogue": 0.02, "chitchat": 0.03, "chatterbot": 0.03, "talk": 0.03}
 DRAWN_CONVERSATIONS = 60_000
 
 Turns = list[str]  # user first, then in turn; a leading "system:" turn is told apart by its prefix
 
-TYPOGRAPHY = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...", "\u2013": "-", "\u2014": "-", "\u00a0": " ", "`": "'"})
+TYPOGRAPHY = str.maketrans(
+    dict(
+        zip(
+            "\u2019\u2018\u201c\u201d\u2026\u2013\u2014\u00a0`",
+            ("'", "'", '"', '"', "...", "-", "-", " ", "'"),
+            strict=True,
+        )
+    )
+)
 CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in "don't didn't doesn't isn't wasn't aren't weren't haven't hasn't hadn't wouldn't couldn't shouldn't that's what's there's "
-    "they're you're you've they've i'm i've i'd i'll he's she's let's who's".split()
-    if word not in ("i'd", "i'll", "he's", "she's")
-} | {"cant": "can't", "wont": "won't", "im": "I'm", "ive": "I've", "alot": "a lot", "u": "you", "ur": "your", "thats": "that's", "id": "I'd"}
+    word.replace("'", "").lower(): word
+    for word in (
+        "don't didn't doesn't isn't wasn't aren't weren't haven't hasn't hadn't wouldn't couldn't shouldn't that's "
+        "what's there's they're you're you've they've can't won't let's who's I'm I've I'd"
+    ).split()
+} | {"alot": "a lot", "u": "you", "ur": "your"}
 REPLACED = re.compile(r"\b(" + "|".join(sorted(CONTRACTIONS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
-IN_DISTRESS = "I'm sorry that you feel this way. Please talk to someone you trust, or to a doctor, right now. You are not alone."
-COARSE = re.compile(r"\b(fuck\w*|shit\w*|bitch\w*|nigg\w*|cunt|whore|rape\w*|slut|porn\w*|sexy|asshole|faggot)\b", re.IGNORECASE)
+IN_DISTRESS = (
+    "I'm sorry that you feel this way. Please talk to someone you trust, or to a doctor, right now. You are not alone."
+)
+COARSE = re.compile(
+    r"\b(fuck\w*|shit\w*|bitch\w*|nigg\w*|cunt|whore|rape\w*|slut|porn\w*|sexy|asshole|faggot)\b", re.IGNORECASE
+)
+OTHER_BOTS = re.compile("chatterbot|alice|gunther", re.IGNORECASE)
 
 
 def tidy(text: str) -> str:
-    """One turn in ordinary spelling: typographic quotes, spaces, the pronoun I, lost apostrophes, a capital first, a mark last."""
+    """One turn in ordinary spelling: plain quotes, the pronoun I, lost apostrophes, a capital first, a mark last."""
     text = re.sub(r"\s+", " ", text.translate(TYPOGRAPHY)).strip()
     text = re.sub(r"\s+([,.!?;:])", r"\1", text)
     text = re.sub(r"([!?])\1+", r"\1", re.sub(r"\.{4,}", "...", text))
@@ -71,13 +89,13 @@ def acceptable(turns: Turns) -> bool:
         and len(letters) > 4 * len(turns)
         and sum(c.isupper() for c in letters) < 0.2 * len(letters)
         and not COARSE.search(text)
-        and all(a != b for a, b in zip(turns, turns[1:], strict=False))
+        and all(a != b for a, b in pairwise(turns))
         and "http" not in text
     )
 
 
 def self_dialogues(folder: Path) -> Iterator[Turns]:
-    """The conversations of the Self-dialogue Corpus (Fainberg et al. 2018, arXiv 1809.06641), one worker writing both sides."""
+    """The Self-dialogue Corpus (Fainberg et al. 2018, arXiv 1809.06641): one worker wrote both sides of each."""
     seen: set[str] = set()
     for path in sorted(folder.glob("*.csv")):
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
@@ -109,12 +127,13 @@ def chatterbot(folder: Path) -> Iterator[Turns]:
     for name in CHATTERBOT:
         for turns in yaml.safe_load((folder / f"{name}.yml").read_text(encoding="utf-8"))["conversations"]:
             spoken = [tidy(str(turn)) for turn in turns]
-            if len(spoken) >= 2 and not re.search("chatterbot|alice|gunther", " ".join(spoken), re.IGNORECASE) and " ".join(spoken).isascii():
+            text = " ".join(spoken)
+            if len(spoken) >= 2 and text.isascii() and not OTHER_BOTS.search(text):
                 yield spoken
 
 
 def joined(pairs: list[Turns], rng: random.Random) -> list[Turns]:
-    """Pairs as they are, and again as conversations of two to six pairs, so that a chat of several turns is nothing new."""
+    """Pairs as they are, and again as conversations of two to six pairs, so that a longer chat is nothing new."""
     shuffled = rng.sample(pairs, len(pairs))
     documents = list(pairs)
     while shuffled:
@@ -125,7 +144,7 @@ def joined(pairs: list[Turns], rng: random.Random) -> list[Turns]:
 
 
 def typed(turns: Turns, rng: random.Random) -> Turns:
-    """The turns with the user's as people type them: one in seven without its last mark, one in seven in small letters."""
+    """The turns with the user's as people type them: some without the last mark, some in small letters."""
 
     def form(text: str) -> str:
         draw = rng.random()
@@ -168,7 +187,9 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -207,8 +228,9 @@ def main() -> None:
             kept = joined([typed(turns, rng) for turns in kept for _ in range(2)], rng)
         rng.shuffle(kept)
         for part, documents in (("train", kept), ("held", held)):
-            streams[f"{name}.{part}.tokens"], streams[f"{name}.{part}.roles"] = encode(tokenizer, documents)
-            print(f"{name:11} {part:6} {len(documents):7,} documents {len(streams[f'{name}.{part}.tokens']):10,} tokens")
+            tokens, roles = encode(tokenizer, documents)
+            streams |= {f"{name}.{part}.tokens": tokens, f"{name}.{part}.roles": roles}
+            print(f"{name:11} {part:6} {len(documents):7,} documents {len(tokens):10,} tokens")
     np.savez(arguments.out / "data.npz", **streams)
 
 

@@ -1,9 +1,10 @@
-"""Measure a GGUF of the demo model: held-out perplexity against unigram and bigram baselines, and sample dialogues; prints Markdown.
+"""Measure a GGUF of the demo model: held-out perplexity against simple baselines, sample dialogues; prints Markdown.
 
     python evaluate.py MODEL.gguf DATA [--tokens 60000] [--seed 1]
 
-The baselines are counted on the training stream of the same source: unigrams with one added to each count, bigrams with interpolated
-Kneser-Ney smoothing (Chen and Goodman 1999). All three are scored on the same held-out tokens, control tokens included.
+The baselines are counted on the training stream of the same source: unigrams with one added to each count, bigrams with
+interpolated Kneser-Ney smoothing (Chen and Goodman 1999). All three are scored on the same held-out tokens, control
+tokens included.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def model_nats(s: Shape, weights: Weights, held: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def reply(s: Shape, weights: Weights, tokenizer: Tokenizer, ids: list[int], generator: torch.Generator, temperature: float) -> list[int]:
+def reply(
+    s: Shape, weights: Weights, tokenizer: Tokenizer, ids: list[int], generator: torch.Generator, temperature: float
+) -> list[int]:
     """Up to 60 sampled tokens (top 40, nucleus 0.9) after `ids`, ending with <|end|>; greedy at temperature 0."""
     answer: list[int] = []
     while len(answer) < 60 and (not answer or answer[-1] != tokenizer.token_to_id("<|end|>")):
@@ -94,7 +97,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(arguments.data / "tokenizer.json"))
     data = np.load(arguments.data / "data.npz")
 
-    print("| held-out text | tokens | bytes per token | unigram | bigram | model | model, bits per byte |\n|---|---|---|---|---|---|---|")
+    print("| held-out text | tokens | bytes per token | unigram | bigram | model | model, bits per byte |")
+    print("|---|---|---|---|---|---|---|")
     for source in SOURCES:
         train, held = data[f"{source}.train.tokens"], data[f"{source}.held.tokens"][: arguments.tokens]
         held = held[: (len(held) - 1) // LENGTH * LENGTH + 1]
@@ -110,7 +114,8 @@ def main() -> None:
         ids = [frame["bos"]]
         print()
         for text in turns:
-            ids += [frame["user"], *tokenizer.encode(text, add_special_tokens=False).ids, frame["end"], frame["assistant"]]
+            spoken = tokenizer.encode(text, add_special_tokens=False).ids
+            ids += [frame["user"], *spoken, frame["end"], frame["assistant"]]
             answer = reply(s, weights, tokenizer, ids, generator, arguments.temperature)
             ids += answer if answer[-1] == frame["end"] else [*answer, frame["end"]]
             print(f"> **{text}**  \n> {tokenizer.decode(answer)}  ", flush=True)

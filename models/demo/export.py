@@ -1,9 +1,9 @@
-"""Write a training checkpoint as GGUF (`deepseek2`, Q8_0) and read such a file back into torch; knows nothing of training.
+"""Write a training checkpoint as GGUF (`deepseek2`, Q8_0) and read such a file back into torch; knows no training.
 
     python export.py CHECKPOINT DATA OUT.gguf [--golden OUT.npz]
 
-Matrices are Q8_0; norms, routers and the selection bias float32. --golden saves a prompt's ids and the logits of its last position, computed in
-torch, in float32, from the tensors of the file just written.
+Matrices are Q8_0; norms, routers and the selection bias float32. --golden saves a prompt's ids and the logits of its
+last position, computed in torch, in float32, from the tensors of the file just written.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from tokenizers import Tokenizer
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 DESCRIPTION = (
-    "A very small DeepSeek-style mixture-of-experts model for simple English small talk, trained from scratch on two processor cores to try out "
-    "localmoe. It knows few facts and makes mistakes."
+    "A very small DeepSeek-style mixture-of-experts model for simple English small talk, trained from scratch on two "
+    "processor cores to try out localmoe. It knows few facts and makes mistakes."
 )
-GOLDEN_PROMPT = "<|bos|><|user|>Hello, how are you today?<|end|><|assistant|>I'm fine, thanks! And you?<|end|><|user|>I like music.<|end|><|assistant|>"
+GOLDEN_PROMPT = (
+    "<|bos|><|user|>Hello, how are you today?<|end|><|assistant|>I'm fine, thanks! And you?<|end|>"
+    "<|user|>I like music.<|end|><|assistant|>"
+)
 
 
 def write_metadata(writer: gguf.GGUFWriter, s: Shape) -> None:
@@ -84,7 +88,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, path: Path) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if ids[token] in control else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]])
+    writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
     writer.add_bos_token_id(ids["<|bos|>"])
     writer.add_eos_token_id(ids["<|end|>"])
     writer.add_eot_token_id(ids["<|end|>"])
@@ -139,8 +143,9 @@ def main() -> None:
         stored = model.logits(shape, read_weights(arguments.out), ids)[0, -1]
         trained = model.logits(shape, state["weights"], ids)[0, -1]
     difference = float((stored - trained).norm() / trained.norm())
-    print(f"{arguments.out.name}: {arguments.out.stat().st_size / 1e6:.1f} MB, step {state['step']}, {state['tokens']:,} tokens seen")
-    print(f"logits of the file against the checkpoint's: relative difference {difference:.2e}, next token {tokenizer.decode([int(stored.argmax())])!r}")
+    size, following = arguments.out.stat().st_size / 1e6, tokenizer.decode([int(stored.argmax())])
+    print(f"{arguments.out.name}: {size:.1f} MB, step {state['step']}, {state['tokens']:,} tokens seen")
+    print(f"logits, file against checkpoint: relative difference {difference:.2e}, next token {following!r}")
     if arguments.golden:
         np.savez(arguments.golden, ids=ids[0].numpy(), logits=stored.numpy())
 

@@ -1,6 +1,7 @@
-"""The demo model in torch: what GGUF calls `deepseek2` (MLA, shared and routed experts), weights under GGUF names; knows no text and no file.
+"""The demo model in torch: GGUF's `deepseek2` (MLA, shared and routed experts), weights by GGUF name; knows no text.
 
-Sources: DeepSeek-V2 (arXiv 2405.04434, multi-head latent attention), DeepSeek-V3 (arXiv 2412.19437, sigmoid router with a selection bias).
+Sources: DeepSeek-V2 (arXiv 2405.04434, multi-head latent attention), DeepSeek-V3 (arXiv 2412.19437, sigmoid router with
+a selection bias).
 B sequences, T tokens, D hidden, H heads, R latent width, E experts, F expert width, V vocabulary.
 """
 
@@ -40,7 +41,10 @@ class Shape:
 
 def weight_shapes(s: Shape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor, in numpy's order (rows, columns)."""
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (s.vocabulary, s.hidden), "output_norm.weight": (s.hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (s.vocabulary, s.hidden),
+        "output_norm.weight": (s.hidden,),
+    }
     for layer in range(s.layers):
         sparse = layer >= s.dense_layers
         part: dict[str, tuple[int, ...]] = {
@@ -77,7 +81,7 @@ def initial_weights(s: Shape, seed: int) -> Weights:
             fan_in = s.latent if "attn_k_b" in name else shape[-1]
             spread = 0.02 if name == "token_embd.weight" else 0.6 * fan_in**-0.5
             weights[name] = torch.randn(shape, generator=generator) * spread
-        weights[name].requires_grad_(name != "exp_probs_b.bias" and not name.endswith(".bias"))
+        weights[name].requires_grad_(not name.endswith(".bias"))
     return weights
 
 
@@ -162,7 +166,7 @@ def route(s: Shape, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def experts(s: Shape, w: Weights, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Shared and routed experts of x (N, D) float32: their sum (N, D) float32 and how many tokens each expert got (E,)."""
+    """Shared and routed experts of x (N, D): their sum (N, D) in float32, and how many tokens each expert got (E,)."""
     chosen, share = route(s, w, x)
     h = x.to(dtype)
     order = chosen.flatten().argsort()
@@ -179,7 +183,9 @@ def experts(s: Shape, w: Weights, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return routed + shared.float(), load
 
 
-def forward(s: Shape, weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+def forward(
+    s: Shape, weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor]]:
     """Hidden states after the last norm, (B, T, D) in `dtype`, and the load of each sparse layer's experts."""
     batch, length = tokens.shape
     cosine, sine = rope_table(s, length)
@@ -200,6 +206,6 @@ def forward(s: Shape, weights: Weights, tokens: Tensor, dtype: torch.dtype = tor
 
 
 def logits(s: Shape, weights: Weights, tokens: Tensor) -> Tensor:
-    """Logits of every position in float32, (B, T, V); the head is `output.weight`, or the embedding where that is absent."""
+    """Logits of every position in float32, (B, T, V); the head is `output.weight`, or else the embedding."""
     hidden, _ = forward(s, weights, tokens)
     return hidden @ weights.get("output.weight", weights["token_embd.weight"]).T

@@ -22,7 +22,7 @@ SLOT = re.compile(r"\{(\w+)\}")
 
 
 def read(path: Path) -> tuple[Slots, dict[str, list[list[str]]]]:
-    """Slots by name (each value a record of its columns) and blocks by kind: "greeting", "closing", "topic"; a block is its turns."""
+    """Slots by name (each value a record of its columns) and blocks of turns by kind: greeting, closing, topic."""
     slots: Slots = {}
     blocks: dict[str, list[list[str]]] = {"greeting": [], "closing": [], "topic": []}
     for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[Slots, dict[str, list[list[str]]]]:
 
 
 def spoken(pattern: str, values: dict[str, str], slots: Slots, rng: random.Random) -> str:
-    """One sentence of the pattern: choices made, slots filled (and kept in `values`), first letter large as in the pattern."""
+    """One turn of the pattern: choices made, slots filled (and kept in `values`), sentences with a capital."""
     text = rng.choice(top_level_choices(pattern))
     while match := CHOICE.search(text):
         text = text[: match.start()] + rng.choice(match.group(1).split("|")) + text[match.end() :]

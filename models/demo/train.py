@@ -3,10 +3,11 @@
     python train.py DATA OUT --minutes 40 --mix dialogue=0.8,chitchat=0.18,chatterbot=0.02
     python train.py DATA OUT --minutes 45 --mix dialogue=0.4,talk=0.4,chitchat=0.2 --resume --anneal
 
-Each command is one stage: it ends at its deadline, saves OUT/checkpoint.pt (also every five minutes and on SIGTERM) and adds to OUT/log.csv. With
---anneal the learning rate falls linearly to nothing as the deadline nears. --steps bounds a stage by steps instead, repeatable from --seed.
-Matrices are trained by Muon (K. Jordan et al. 2024; arXiv 2502.16982), the embedding, norms and routers by AdamW; the load of the experts is evened
-by a selection bias without an auxiliary loss (arXiv 2408.15664).
+Each command is one stage: it ends at its deadline, saves OUT/checkpoint.pt (also every five minutes and on SIGTERM) and
+adds to OUT/log.csv. With --anneal the learning rate falls linearly to nothing as the deadline nears. --steps bounds a
+stage by steps instead, repeatable from --seed. Matrices are trained by Muon (K. Jordan et al. 2024; arXiv 2502.16982),
+the embedding, norms and routers by AdamW; a selection bias evens the load of the experts, without an auxiliary loss
+(arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import csv
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 import model
@@ -29,12 +31,15 @@ MICRO_TOKENS = 8_192
 MUON_RATE, ADAM_RATE, WARM_UP_STEPS = 0.02, 0.003, 60
 BIAS_STEP = 0.01
 SAVE_SECONDS, LOG_STEPS, EVALUATE_STEPS = 300, 10, 100
+LOG_COLUMNS = (
+    "step", "tokens", "seconds", "rate", "train_loss", "held_out_dialogue_loss", "busiest_expert_over_mean"
+)  # fmt: skip
 # share of the loss per role: frame, user, assistant
 ROLE_WEIGHTS = {"dialogue": (0.1, 0.6, 1.0), "other": (0.1, 0.1, 1.0)}
 
 
 class HeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy of hidden states (N, D) through the tied head, by chunks: the (N, V) logits never exist at once."""
+    """Weighted cross-entropy of hidden states (N, D) through the tied head, never all (N, V) logits at once."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, table: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def chunk_loss(scores: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor,
 
 
 def orthogonalised(update: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest orthogonal matrices of (..., rows, columns), by the quintic Newton-Schulz iteration of Muon, in bfloat16."""
+    """The nearest orthogonal matrices of (..., rows, columns): Muon's quintic Newton-Schulz iteration, in bfloat16."""
     x = update.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -78,7 +83,7 @@ def orthogonalised(update: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Optimiser:
-    """Muon for matrices (stacks of experts or heads one by one), AdamW for the rest; state is plain tensors by weight name."""
+    """Muon for matrices (experts and heads one by one), AdamW for the rest; its state is tensors by name."""
 
     def __init__(self, weights: Weights) -> None:
         self.step = 0
@@ -108,19 +113,21 @@ class Optimiser:
             w.grad = None
 
 
-def rows(data: dict[str, np.ndarray], mix: dict[str, float], length: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of MICRO_TOKENS: ids (B, length + 1) and loss shares (B, length), each row cut at random from one source's stream."""
+def rows(
+    data: dict[str, np.ndarray], mix: dict[str, float], lengths: list[int], rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of MICRO_TOKENS, of each length in turn: ids (B, length + 1), loss shares (B, length)."""
     names = list(mix)
     odds = np.array([mix[name] for name in names]) / sum(mix.values())
     starts: dict[str, list[int]] = {name: [] for name in names}
-    while True:
+    for length in cycle(lengths):
         ids, shares = [], []
         for _ in range(MICRO_TOKENS // length):
             name = names[rng.choice(len(names), p=odds)]
             tokens, roles = data[f"{name}.train.tokens"], data[f"{name}.train.roles"]
             if not starts[name]:
                 phase = int(rng.integers(length))
-                starts[name] = rng.permutation(np.arange(phase, len(tokens) - length - 1, length)).tolist()
+                starts[name] = rng.permutation(np.arange(phase, len(tokens) - max(lengths) - 1, length)).tolist()
             start = starts[name].pop()
             ids.append(tokens[start : start + length + 1].astype(np.int64))
             weight = np.array(ROLE_WEIGHTS.get(name, ROLE_WEIGHTS["other"]), np.float32)
@@ -146,7 +153,8 @@ def train_step(
     loss, loads = 0.0, []
     for ids, share in micro:
         hidden, load = model.forward(shape, weights, ids[:, :-1], torch.bfloat16)
-        part = HeadLoss.apply(hidden.flatten(0, 1), weights["token_embd.weight"], ids[:, 1:].flatten(), share.flatten() / total_share)
+        table, targets = weights["token_embd.weight"], ids[:, 1:].flatten()
+        part = HeadLoss.apply(hidden.flatten(0, 1), table, targets, share.flatten() / total_share)
         part.backward()
         loss += float(part.detach())
         loads = [a + b for a, b in zip(loads, load, strict=True)] if loads else load
@@ -158,11 +166,37 @@ def train_step(
     return loss, loads
 
 
-def save(path: Path, shape: Shape, weights: Weights, optimiser: Optimiser, tokens: int, seconds: float) -> None:
+@dataclass
+class Run:
+    """A training run between two steps; `tokens` and `seconds` count all its stages."""
+
+    shape: Shape
+    weights: Weights
+    optimiser: Optimiser
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def fresh(seed: int) -> Run:
+    weights = model.initial_weights(Shape(), seed)
+    return Run(Shape(), weights, Optimiser(weights))
+
+
+def save(path: Path, run: Run) -> None:
     """The checkpoint, complete or not at all."""
-    state = {"shape": asdict(shape), "weights": {n: w.detach() for n, w in weights.items()}, "step": optimiser.step, "tokens": tokens, "seconds": seconds}
-    torch.save(state | {"momentum": optimiser.momentum, "square": optimiser.square}, path.with_suffix(".part"))
+    state = {"shape": asdict(run.shape), "weights": {n: w.detach() for n, w in run.weights.items()}}
+    state |= {"step": run.optimiser.step, "tokens": run.tokens, "seconds": run.seconds}
+    state |= {"momentum": run.optimiser.momentum, "square": run.optimiser.square}
+    torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
+
+
+def resumed(path: Path) -> Run:
+    state = torch.load(path)
+    weights = {n: w.requires_grad_(not n.endswith(".bias")) for n, w in state["weights"].items()}
+    optimiser = Optimiser(weights)
+    optimiser.momentum, optimiser.square, optimiser.step = state["momentum"], state["square"], state["step"]
+    return Run(Shape(**state["shape"]), weights, optimiser, state["tokens"], state["seconds"])
 
 
 def arguments() -> argparse.Namespace:
@@ -173,7 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--until", type=float, help="end of the stage in Unix seconds, instead of --minutes")
     parser.add_argument("--steps", type=int, help="end of the stage in steps, instead of the clock")
     parser.add_argument("--mix", required=True, help="shares of the sources, as dialogue=0.8,talk=0.2")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--lengths", default="256", help="tokens of a row, batch by batch in turn, as 256,256,512")
     parser.add_argument("--micro", type=int, default=1, help=f"batches of {MICRO_TOKENS:,} tokens to a step")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--anneal", action="store_true")
@@ -181,56 +215,57 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def log_line(
+    run: Run, loss: float, scale: float, loads: list[Tensor], held_out: np.ndarray, length: int
+) -> list[int | str]:
+    """A row of log.csv, with the held-out loss where it is due."""
+    due = run.optimiser.step % EVALUATE_STEPS == 0
+    held = f"{held_out_loss(run.shape, run.weights, held_out, length):.4f}" if due else ""
+    busiest = max(float(load.max() / load.float().mean()) for load in loads)
+    return [run.optimiser.step, run.tokens, f"{run.seconds:.0f}", f"{scale:.3f}", f"{loss:.4f}", held, f"{busiest:.2f}"]
+
+
 def main() -> None:
     a = arguments()
     a.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, begun = a.out / "checkpoint.pt", time.monotonic()
-    end = begun + (a.until - time.time() if a.until else 60 * a.minutes)
     torch.set_num_threads(2)
     torch.manual_seed(a.seed)
-    shape, tokens, earlier, first_step = Shape(), 0, 0.0, 0
-    weights = model.initial_weights(shape, a.seed)
-    optimiser = Optimiser(weights)
-    if a.resume:
-        state = torch.load(checkpoint)
-        weights = {n: w.requires_grad_(not n.endswith(".bias")) for n, w in state["weights"].items()}
-        optimiser.momentum, optimiser.square = state["momentum"], state["square"]
-        optimiser.step, tokens, earlier = state["step"], state["tokens"], state["seconds"]
-        first_step = optimiser.step
+    checkpoint = a.out / "checkpoint.pt"
+    run = resumed(checkpoint) if a.resume else fresh(a.seed)
     model.attention = torch.compile(model.attention, dynamic=False)
     globals()["chunk_loss"] = torch.compile(chunk_loss, dynamic=False)
     data = dict(np.load(a.data / "data.npz"))
     mix = {name: float(share) for name, share in (pair.split("=") for pair in a.mix.split(","))}
-    batches = rows(data, mix, a.length, np.random.default_rng(a.seed + first_step))
+    first_step = run.optimiser.step
+    lengths = [int(length) for length in a.lengths.split(",")]
+    batches = rows(data, mix, lengths, np.random.default_rng(a.seed + first_step))
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
 
-    saved, mean_loss = begun, 0.0
+    begun = saved = last = time.monotonic()
+    end = begun + (a.until - time.time() if a.until else 60 * a.minutes)
+    mean_loss = 0.0
     with (a.out / "log.csv").open("a", newline="") as file:
         log = csv.writer(file)
         if file.tell() == 0:
-            log.writerow(["step", "tokens", "seconds", "rate", "train_loss", "held_out_dialogue_loss", "busiest_expert_over_mean"])
+            log.writerow(LOG_COLUMNS)
         while not stopped:
-            now = time.monotonic()
-            done = (optimiser.step - first_step) / a.steps if a.steps else (now - begun) / (end - begun)
+            done = (run.optimiser.step - first_step) / a.steps if a.steps else (last - begun) / (end - begun)
             if done >= 1:
                 break
-            scale = min(1.0, (optimiser.step + 1) / WARM_UP_STEPS) * (1 - done if a.anneal else 1.0)
+            scale = min(1.0, (run.optimiser.step + 1) / WARM_UP_STEPS) * (1 - done if a.anneal else 1.0)
             micro = [next(batches) for _ in range(a.micro)]
-            loss, loads = train_step(shape, weights, optimiser, micro, scale)
-            tokens += a.micro * MICRO_TOKENS
-            mean_loss = loss if not mean_loss else 0.9 * mean_loss + 0.1 * loss
-            if optimiser.step % LOG_STEPS == 0:
-                due = optimiser.step % EVALUATE_STEPS == 0
-                held = f"{held_out_loss(shape, weights, data['dialogue.held.tokens'], a.length):.4f}" if due else ""
-                busiest = max(float(load.max() / load.float().mean()) for load in loads)
-                seconds = earlier + time.monotonic() - begun
-                log.writerow([optimiser.step, tokens, f"{seconds:.0f}", f"{scale:.3f}", f"{mean_loss:.4f}", held, f"{busiest:.2f}"])
+            loss, loads = train_step(run.shape, run.weights, run.optimiser, micro, scale)
+            now = time.monotonic()
+            run.tokens, run.seconds, last = run.tokens + a.micro * MICRO_TOKENS, run.seconds + now - last, now
+            mean_loss = 0.9 * mean_loss + 0.1 * loss if mean_loss else loss
+            if run.optimiser.step % LOG_STEPS == 0:
+                log.writerow(log_line(run, mean_loss, scale, loads, data["dialogue.held.tokens"], min(lengths)))
                 file.flush()
-            if time.monotonic() - saved > SAVE_SECONDS:
-                saved = time.monotonic()
-                save(checkpoint, shape, weights, optimiser, tokens, earlier + saved - begun)
-    save(checkpoint, shape, weights, optimiser, tokens, earlier + time.monotonic() - begun)
+            if now - saved > SAVE_SECONDS:
+                saved = now
+                save(checkpoint, run)
+    save(checkpoint, run)
 
 
 if __name__ == "__main__":

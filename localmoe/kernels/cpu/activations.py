@@ -6,8 +6,9 @@ For K columns, one row is, without gaps unless said (all integers signed):
 - q8_32:  int8[K] | padding to 64 | float32 scale[K/32].                           K % 32 == 0
 - q8_256: int8[K] | int16 sum32[K/32] | int16 sum16[K/16] | float32 scale[K/256].  K % 256 == 0
 
-x ≈ int8 · scale, scale = max|x| / 127 in a block of 32 or 256, rounded to nearest even, so never -128. sum32 and sum16 are the sums of
-32 and 16 neighbouring int8. A block whose max|x| is below 1e-30 becomes zero; NaN or infinity in a block makes its scale NaN.
+x ≈ int8 · scale, scale = max|x| / 127 in a block of 32 or 256, rounded to nearest even, so never -128. sum32 and sum16
+are the sums of 32 and 16 neighbouring int8. A block whose max|x| is below 1e-30 becomes zero; NaN or infinity in a
+block makes its scale NaN.
 """
 
 from __future__ import annotations

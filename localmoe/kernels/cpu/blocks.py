@@ -8,7 +8,8 @@ PREFETCH = 2048  # bytes ahead of a row's reader; 1-8 KB measured, 2-4 KB best
 
 
 def six_bit_scales(v: Any) -> Any:
-    """(address of 12 bytes) -> (scales i16x8, minima i16x8): the packing of Q4_K and Q5_K (ggml-quants.c, get_scale_min_k4)."""
+    """(address of 12 bytes) -> (scales i16x8, minima i16x8): Q4_K's and Q5_K's packing (ggml-quants.c,
+    get_scale_min_k4)."""
 
     def unpack(address):
         a, b, c = v.load(v.uint32, address), v.load(v.uint32, address + 4), v.load(v.uint32, address + 8)

@@ -1,7 +1,8 @@
-"""Kernels as machine code: found in the cache or compiled, then loaded by llvmlite; numba is imported only where one must be compiled.
+"""Kernels as machine code: found in the cache or compiled, then loaded by llvmlite; numba is imported only to compile
+one.
 
-A kernel is a factory `f(v) -> Python function of integers`; `v` holds the vector operations of one instruction set (`vector.py`).
-Its C form is `void name(int64, ...)`. What a kernel computes is not known here.
+A kernel is a factory `f(v) -> Python function of integers`; `v` holds the vector operations of one instruction set
+(`vector.py`). Its C form is `void name(int64, ...)`. What a kernel computes is not known here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _TRAILER = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A registered kernel: how many int64 arguments it takes, and its factories by instruction set ("" serves every other)."""
+    """A registered kernel: how many int64 arguments it takes, its factories by instruction set ("" serves every
+    other)."""
 
     name: str
     arguments: int
@@ -87,7 +89,8 @@ def target_machine(isa: Isa) -> llvm.TargetMachine:
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()  # system calls are written as assembly
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    return target.create_target_machine(cpu=isa.processor, features=isa.features, opt=3, reloc="pic", codemodel="jitdefault", jit=True)
+    emitted = {"cpu": isa.processor, "features": isa.features, "reloc": "pic", "codemodel": "jitdefault"}
+    return target.create_target_machine(opt=3, jit=True, **emitted)
 
 
 def optimised(name: str, isa: Isa) -> llvm.ModuleRef:
@@ -108,11 +111,11 @@ def optimised(name: str, isa: Isa) -> llvm.ModuleRef:
 
 def assembly(name: str, isa: Isa) -> str:
     """The assembly text of a kernel, for people and tests."""
-    return target_machine(isa).emit_assembly(optimised(name, isa))
+    return str(target_machine(isa).emit_assembly(optimised(name, isa)))
 
 
 class Kernels:
-    """Addresses of kernels for one instruction set. Keep it as long as an address is in use: it owns the machine code."""
+    """Addresses of kernels for one instruction set. It owns the machine code: keep it while an address is in use."""
 
     def __init__(self, isa: Isa, cache: Path | None = None) -> None:
         self.isa = isa
@@ -127,7 +130,8 @@ class Kernels:
         return self._addresses[name]
 
     def prepare(self, names: Iterable[str], progress: Progress | None = None) -> None:
-        """Have all `names` ready. `progress(done, total, name)` is told before each one that must be compiled, and at the end."""
+        """Have all `names` ready. `progress(done, total, name)` hears of each one that must be compiled, and of the
+        end."""
         wanted = [n for n in dict.fromkeys(names) if n not in self._addresses]
         unknown = [n for n in wanted if n not in _REGISTRY]
         assert not unknown, f"no kernel of the name {', '.join(unknown)}; are their modules imported?"

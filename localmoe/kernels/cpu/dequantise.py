@@ -1,7 +1,7 @@
-"""Rows of GGUF blocks as float32, the formats without code books; bit-identical to ggml. The others are in `dequantise_grids.py`.
+"""Rows of GGUF blocks as float32, bit-identical to ggml: the formats without code books (with: `dequantise_grids.py`).
 
-Kernel `dequantise_<format>`: (source, destination float32, elements), elements being whole blocks. A format is a factory of
-`block(source, destination)`; layouts from ggml-common.h, checked against libggml's output.
+Kernel `dequantise_<format>`: (source, destination float32, elements), elements being whole blocks. A format is a
+factory of `block(source, destination)`; layouts from ggml-common.h, checked against libggml's output.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def q6_k(v: Any) -> Any:
 
 @blocks("TQ1_0")
 def tq1_0(v: Any) -> Any:
-    """five ternary digits a byte [32], then [16] | four a byte [4] | d f16; a digit is the top of byte · 3^n (mod 256)"""
+    """five ternary digits a byte [32], then [16] | four a byte [4] | d f16; a digit is the top of byte · 3^n mod 256"""
 
     def digits(p, y, count, powers, d):
         power = 1

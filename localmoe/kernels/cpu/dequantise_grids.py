@@ -1,6 +1,7 @@
 """Rows of GGUF blocks as float32, the formats with code books (IQ*, MXFP4, NVFP4); the contract is `dequantise.py`'s.
 
-The books are the `gguf` package's (gguf.quants, from ggml-common.h), read while a kernel is compiled and held in its object file.
+The books are the `gguf` package's (gguf.quants, from ggml-common.h), read while a kernel is compiled and held in its
+object.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def iq1_s(v: Any) -> Any:
 
 @blocks("IQ1_M")
 def iq1_m(v: Any) -> Any:
-    """indices u8[32] | nibbles [16]: 3 high index bits, sign of the shift | u16[4]: four 3-bit scales, a nibble of d's float16"""
+    """indices u8[32] | nibbles [16]: 3 high index bits, sign of the shift | u16[4]: four 3-bit scales, a nibble of d"""
     grid = v.table(_grid("IQ1_S"))
 
     def block(p, y):
@@ -173,7 +174,7 @@ def iq1_m(v: Any) -> Any:
 
 
 def _nibble_book(v: Any, values: npt.NDArray[np.float32]) -> Any:
-    """(nibbles, how many bytes, scale, destination): all low nibbles, then all high ones, through a book of 16 values."""
+    """(nibbles, how many bytes, scale, destination): all low nibbles, then all high ones, through a book of 16."""
     book = v.table(values)
 
     def look_up(p, count, scale, y):
@@ -219,9 +220,10 @@ def iq4_xs(v: Any) -> Any:
 
 @blocks("MXFP4")
 def mxfp4(v: Any) -> Any:
-    """exponent u8 | nibbles [16]; half of 2^(exponent - 127), as the values are doubled (ggml-impl.h, ggml_e8m0_to_fp32_half)"""
+    """exponent u8 | nibbles [16]; half of 2^(exponent - 127), as the values are doubled (ggml_e8m0_to_fp32_half)"""
     exponents = np.arange(256, dtype=np.uint32)
-    halves = v.table(np.where(exponents < 2, 0x200000 << np.minimum(exponents, 1), (exponents - 1) << 23).astype(np.uint32))
+    subnormal = 0x200000 << np.minimum(exponents, 1)
+    halves = v.table(np.where(exponents < 2, subnormal, (exponents - 1) << 23).astype(np.uint32))
     look_up = _nibble_book(v, _E2M1)
 
     def block(p, y):

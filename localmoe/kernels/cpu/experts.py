@@ -19,7 +19,7 @@ from localmoe.kernels.program import Op, Router, Tensor
 if TYPE_CHECKING:
     from localmoe.kernels.cpu.lower import At, Lowering
 
-EXPERT_ROWS = 384  # rows of one expert's weight that a thread takes at a time: whole strips on every instruction set
+EXPERT_ROWS = 16 * gemm.STRIP_ROWS  # rows of one expert's weight that a thread takes at a time
 
 
 @kernel("route", 3)
@@ -314,7 +314,7 @@ def _lower_chunk(lowering: Lowering, op: Op) -> None:
     panel_rows = wide * min(choices // wide + count, choices)
     places, starts = lowering.temporary(8 * choices), lowering.temporary(8 * (count + 1))
     panel_starts, counters = lowering.temporary(8 * (count + 1)), lowering.temporary(8 * 4)
-    scratch_nbytes = gemm.gemm_scratch_nbytes(lowering.isa)
+    scratch_nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
     scratch = lowering.temporary(scratch_nbytes * lowering.threads)
 
     def counter(i: int) -> At:

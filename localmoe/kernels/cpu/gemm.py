@@ -1,7 +1,7 @@
-"""Matrix times matrix in float32 for prefill: weights become float32 a strip at a time, whatever their format; knows no threads.
+"""Matrix times matrix in float32 for prefill: weights of any format become float32 a strip at a time; knows no threads.
 
-Tokens are packed once per op into panels: panel p is float32 [columns][panel_tokens], tokens p·panel_tokens …, missing ones zero.
-A token's result is summed in the order of `columns`, a chunk at a time, whatever the number of tokens or its place among them.
+Tokens are packed once per op into panels: panel p is float32 [columns][panel_tokens], tokens p·panel_tokens …, missing
+ones zero. A token's result is summed in the order of the columns, whatever the number of tokens or its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from localmoe.kernels.cpu.isa import Isa
 
 CHUNK = 512  # columns: a strip (50 KB) and a panel's chunk (64 KB) stay in the second-level cache
 _TILE_ROWS = {"avx512": 8, "avx2": 6, "portable": 2}
-ARGUMENTS = 11  # int64 that `gemm` reads
 STRIP_ROWS = 24  # a multiple of every tile's rows; threads should share rows by whole strips
 ARGUMENTS = 11
 _TOKENS = 256  # sums of a strip over so many tokens stay in the cache until all columns are in
@@ -25,11 +24,6 @@ _ROW_STRIDE = CHUNK * 4 + 64  # off a multiple of 4096, so that the rows of a ti
 
 def panel_tokens(isa: Isa) -> int:
     return 2 * isa.lanes
-
-
-def strip_rows(isa: Isa) -> int:
-    """Rows of weights that are made float32 together: threads share the work by whole strips."""
-    return _STRIP_ROWS[isa.name]
 
 
 def panel_nbytes(isa: Isa, columns: int) -> int:
@@ -74,7 +68,7 @@ def pack_panel(v: Any) -> Callable[..., None]:
 
 
 def _put(v: Any, stride: int) -> Any:
-    """(sums[rows][stride bytes], rows, out of row 0 and token 0, out's token stride, tokens): out[t, r] = sums[r, t]."""
+    """(sums[rows][stride bytes], rows, out of row 0, token 0, out's token stride, tokens): out[t, r] = sums[r, t]."""
 
     def put(sums, rows, out, out_stride, tokens):
         whole, fours = rows - rows % 4, tokens - tokens % 4
@@ -95,11 +89,11 @@ def _put(v: Any, stride: int) -> Any:
 
 @kernel("gemm", arguments=1)
 def gemm(v: Any) -> Callable[..., None]:
-    """(address of ARGUMENTS int64): dequantise kernel, weights, row_nbytes, panels, out, out_stride, tokens, columns, row_start,
-    row_stop, scratch.
+    """(address of ARGUMENTS int64): dequantise kernel, weights, row_nbytes, panels, out, out_stride, tokens, columns,
+    row_start, row_stop, scratch.
 
-    out[t, r] float32 for all tokens and row_start <= r < row_stop; out is the address of row 0 of token 0, out_stride the bytes
-    from one token to the next; scratch belongs to the calling thread (`scratch_nbytes`).
+    out[t, r] float32 for all tokens and row_start <= r < row_stop; out is the address of row 0 of token 0, out_stride
+    the bytes from one token to the next; scratch belongs to the calling thread (`scratch_nbytes`).
     """
     tile_rows, strip_rows, width, half = _TILE_ROWS[v.isa.name], STRIP_ROWS, 2 * v.lanes, v.lanes
     sums_stride, panel_sums = width * 4, strip_rows * width * 4

@@ -1,4 +1,4 @@
-"""Instruction sets the CPU kernels are written for, and which of them this host runs; knows nothing of numba or of any kernel."""
+"""Instruction sets the CPU kernels are written for, and which of them this host runs; knows no kernel, no numba."""
 
 from __future__ import annotations
 

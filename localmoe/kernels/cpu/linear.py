@@ -74,7 +74,7 @@ def gemm_weights(v: Any) -> Any:
     thread, then for each weight: dequantise kernel, weights, row bytes, out, rows, bias (0: none)."""
     slot, rows = slots(v), row_count(v)
     block = v.stack(8 * gemm.ARGUMENTS)
-    strip = gemm.strip_rows(v.isa)
+    strip = gemm.STRIP_ROWS
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
         tokens, b = rows(a), block()
@@ -205,7 +205,7 @@ def lower_linear(lowering: Lowering, op: Op) -> None:
     for weight, out, bias in pairs:
         function = Function(dequantise_kernel(weight))
         arguments += [function, lowering.address(weight), weight.row_nbytes, lowering.at(out), weight.rows, bias]
-    nbytes = gemm.gemm_scratch_nbytes(lowering.isa)
+    nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
     scratch = lowering.temporary(nbytes * lowering.threads)
     lowering.emit("gemm_weights", x, len(pairs), Function("gemm"), panels, x.shape[1], scratch, nbytes, *arguments)
 

@@ -1,7 +1,8 @@
-"""Matrix times vector on GGUF blocks: one wide source for every instruction set without its own; knows nothing of threads or ops.
+"""Matrix times vector on GGUF blocks: one source for every instruction set without its own; knows no threads or ops.
 
-Every kernel: (weights, row_nbytes, activations, out, columns, row_start, row_stop) -> out[r] float32 for row_start <= r < row_stop,
-out being the address of row 0. The order of additions depends on `columns` alone, so a row's result is the same in any split.
+Every kernel: (weights, row_nbytes, activations, out, columns, row_start, row_stop) -> out[r] float32 for row_start <= r
+< row_stop, out being the address of row 0. The order of additions depends on `columns` alone, so a row's result is the
+same in any split.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def gemv_kernel(format: Format) -> tuple[str, str]:
     if format.name in FAST:
         return FAST[format.name]
     if format.name not in BLOCKS:
-        raise UnsupportedError(f"no cpu kernel reads weights of type {format.name}; possible: {', '.join([*FAST, *BLOCKS])}")
+        possible = ", ".join([*FAST, *BLOCKS])
+        raise UnsupportedError(f"no cpu kernel reads weights of type {format.name}; possible: {possible}")
     return f"gemv_{format.name.lower()}", "f32"
 
 
@@ -146,7 +148,7 @@ def _eighths(v: Any) -> list[Any]:
 
 
 def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
-    """Q4_K and Q5_K: float16 d and dmin, six-bit scales and minima of 8 x 32, then what `load[j](block)` reads: 32 quants."""
+    """Q4_K and Q5_K: float16 d and dmin, six-bit scales and minima of 8 x 32, then 32 quants by `load[j](block)`."""
     unpack = six_bit_scales(v)
     q0, q1, q2, q3, q4, q5, q6, q7 = load
     s0, s1, s2, s3, s4, s5, s6, s7 = _eighths(v)

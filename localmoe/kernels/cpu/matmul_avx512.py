@@ -14,7 +14,7 @@ _TWICE = [*range(16)] * 2
 
 
 def _pair_scales(v: Any) -> Any:
-    """(two addresses of float16, address of two float32) -> their products, the first in lanes 0-7, the second in lanes 8-15."""
+    """(two addresses of float16, address of two float32) -> the products, one in lanes 0-7, one in lanes 8-15."""
     join = v.shuffle([*range(16)])
     spread = v.shuffle([0] * 8 + [1] * 8)
 
@@ -44,7 +44,8 @@ def _block32_gemv(v: Any, nbytes: int, load_pair: Any, load_one: Any, offset: in
                 if nbytes > 32:
                     v.prefetch(p + PREFETCH + 64)
                 x = v.load(v.i8x64, activations + block * 32)
-                products = v.dot(v.zero(v.i32), load_pair(p + 2, p + nbytes + 2), x) - v.dot(v.zero(v.i32), offsets(), x)
+                stored = v.dot(v.zero(v.i32), load_pair(p + 2, p + nbytes + 2), x)
+                products = stored - v.dot(v.zero(v.i32), offsets(), x)
                 d = scales_of(p, p + nbytes, scales + block * 4)
                 a, b = v.fma(v.convert(v.f32, products), d, b), a
             if blocks & 1:
@@ -90,7 +91,8 @@ def gemv_q4_0(v: Any) -> Callable[..., None]:
 
 
 def _k_sums(v: Any, load: Any) -> Any:
-    """(block, activations, scales i16x8) -> i32 sums of scale · quant · activation over 256, from `load[j](block)`: 64 quants."""
+    """(block, activations, scales i16x8) -> i32 sums of scale · quant · activation over 256, from `load[j](block)`: 64
+    quants."""
     first, second, third, fourth = load
     s0, s1, s2, s3 = (v.shuffle([2 * j] * 16 + [2 * j + 1] * 16) for j in range(4))
 

@@ -1,8 +1,9 @@
 """LLVM vectors as values inside Numba functions, and the way from such a function to an LLVM module; knows no kernel.
 
-`vectors(isa)` gives the module `v` that a kernel factory receives. In a kernel, `x + y`, `x * 2`, `x >> 4`, `x & 15` work on vectors of
-one kind (a scalar is spread over the lanes); everything else is a function of `v` from `vector_memory.py`, `vector_maths.py` and `vector_tile.py`.
-Imports numba: to be imported only where something must be compiled.
+`vectors(isa)` gives the module `v` that a kernel factory receives. In a kernel, `x + y`, `x * 2`, `x >> 4`, `x & 15`
+work on vectors of one kind (a scalar is spread over the lanes); everything else is a function of `v` from
+`vector_memory.py`, `vector_maths.py` and `vector_tile.py`. Imports numba: to be imported only where something must be
+compiled.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from localmoe.kernels.cpu.isa import Isa
 
 SCALARS: dict[str, types.Type] = {
-    "u8": types.uint8, "i8": types.int8, "u16": types.uint16, "i16": types.int16, "u32": types.uint32, "i32": types.int32,
-    "i64": types.int64, "f32": types.float32,
+    "u8": types.uint8, "i8": types.int8, "u16": types.uint16, "i16": types.int16, "u32": types.uint32, "i32":
+    types.int32, "i64": types.int64, "f32": types.float32,
 }  # fmt: skip
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -79,7 +80,8 @@ _ARITIES: dict[int, Callable[[Any], Any]] = {
 
 
 def operation(define: Callable[..., tuple[types.Type, Lowering] | None]) -> Any:
-    """Make an intrinsic of `define(*argument types) -> (result type, lower(builder, *values))`; None refuses the types."""
+    """Make an intrinsic of `define(*argument types) -> (result type, lower(builder, *values))`; None refuses the
+    types."""
 
     def typed(*arguments: types.Type) -> Any:
         defined = define(*arguments)
@@ -113,8 +115,8 @@ def spread(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
     """Call an LLVM intrinsic by its mangled name."""
-    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, [x.type for x in values]), name)
-    return b.call(function, values)
+    kept = b.module.globals.get(name)
+    return b.call(kept or ir.Function(b.module, ir.FunctionType(result, [x.type for x in values]), name), values)
 
 
 def mangled(of: ir.Type) -> str:
@@ -162,12 +164,14 @@ for _symbol, _instructions in _OPERATORS.items():
 def vectors(isa: Isa) -> ModuleType:
     """The operations of one instruction set, as a module so that Numba resolves `v.name` while compiling.
 
-    Kinds of vectors are v.f32, v.i32 (as many lanes as the instruction set has) and v.u8x64, v.i16x8 …; scalars are v.float32, v.int64 ….
+    Kinds of vectors are v.f32, v.i32 (as many lanes as the instruction set has) and v.u8x64, v.i16x8 …; scalars are
+    v.float32, v.int64 ….
     """
     from localmoe.kernels.cpu import vector_maths, vector_memory, vector_tile
 
     v = ModuleType(f"vectors_{isa.name}")
-    members: dict[str, Any] = {"isa": isa, "lanes": isa.lanes, "f32": kind("f32", isa.lanes), "i32": kind("i32", isa.lanes)}
+    members: dict[str, Any] = {"isa": isa, "lanes": isa.lanes}
+    members.update(f32=kind("f32", isa.lanes), i32=kind("i32", isa.lanes))
     members.update({f"{e}x{n}": kind(e, n) for e in SCALARS for n in (2, 4, 8, 16, 32, 64)})
     members.update({str(t): t for t in SCALARS.values()})
     members["function"] = njit(inline="always", error_model="numpy", boundscheck=False)
@@ -180,7 +184,8 @@ def vectors(isa: Isa) -> ModuleType:
 
 
 class _PlainLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """Collects what Numba lowers and leaves it as it is: Numba's own passes would optimise for the host's widest instructions."""
+    """Collects what Numba lowers and leaves it as it is: Numba's own passes would optimise for the host's widest
+    instructions."""
 
     def _optimize_functions(self, ll_module: Any) -> None:
         ll_module.data_layout = self._codegen._data_layout
@@ -214,7 +219,8 @@ def lower(function: Callable[..., None], name: str, arguments: int) -> llvm.Modu
 
 
 def _entry(name: str, inner: str, arguments: int) -> str:
-    """C entry point over Numba's calling convention: (result address, exception address, arguments) -> status, here always 0."""
+    """C entry point over Numba's calling convention: (result address, exception address, arguments) -> status, here
+    always 0."""
     values = ", ".join(f"i64 %a{i}" for i in range(arguments))
     passed = ", ".join(["ptr %result", "ptr %exception", *(f"i64 %a{i}" for i in range(arguments))])
     return (

@@ -1,4 +1,4 @@
-"""Vector operations on values: float arithmetic, conversions, shuffles, horizontal sums, integer dot products, exp. Touches no memory."""
+"""Vector operations on values: arithmetic, conversions, shuffles, sums of lanes, products, exp; touches no memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from numba.core.extending import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from localmoe.kernels.cpu.isa import Isa, is_x86
-from localmoe.kernels.cpu.vector import F32, I32, Lowering, Vector, call, constant, kind, mangled, operation, shuffled, spread
+from localmoe.kernels.cpu.vector import (
+    F32,
+    I32,
+    Lowering,
+    Vector,
+    call,
+    constant,
+    kind,
+    mangled,
+    operation,
+    shuffled,
+    spread,
+)
 from localmoe.kernels.cpu.vector_memory import like, number, storage
 
 I1, I16 = ir.IntType(1), ir.IntType(16)
@@ -47,7 +59,8 @@ def nearest_integers(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def exponential(b: ir.IRBuilder, isa: Isa, x: ir.Value) -> ir.Value:
-    """exp by 2^n · p(r), |r| <= ln(2)/2, p of degree 7; relative error about 1e-7. -inf gives 0, +inf gives inf, NaN stays."""
+    """exp by 2^n · p(r), |r| <= ln(2)/2, p of degree 7; relative error about 1e-7. -inf gives 0, +inf gives inf, NaN
+    stays."""
     f = lambda value: number(x.type, value)  # noqa: E731
     words = like(x.type, I32)
     x = b.select(b.fcmp_ordered("<", x, f(-104.0)), f(-104.0), x)
@@ -99,13 +112,14 @@ def _floats(isa: Isa) -> dict[str, Any]:
         return kind("i32", x.lanes) if isinstance(x, Vector) else types.int32, nearest_integers
 
     return {
-        "fma": fma, "sqrt": sqrt, "absolute": absolute, "minimum": minimum, "maximum": maximum, "exp": exp, "nearest": nearest,
+        "fma": fma, "sqrt": sqrt, "absolute": absolute, "minimum": minimum, "maximum": maximum, "exp": exp, "nearest":
+        nearest,
     }  # fmt: skip
 
 
 def _converted(b: ir.IRBuilder, x: ir.Value, source: Any, target: Any) -> ir.Value:
     to, signed = storage(target), source.signed
-    floating = isinstance(target, Vector) and target.floating or target == types.float32
+    floating = target == types.float32 or (isinstance(target, Vector) and target.floating)
     if floating:
         return b.sitofp(x, to) if signed else b.uitofp(x, to)
     before, after = (t.element.width if isinstance(t, ir.VectorType) else t.width for t in (x.type, to))
@@ -117,7 +131,8 @@ def _converted(b: ir.IRBuilder, x: ir.Value, source: Any, target: Any) -> ir.Val
 def _lanes() -> dict[str, Any]:
     @operation
     def splat(of: Any, scalar: types.Type) -> Defined:
-        """v.splat(kind, scalar): the same value in every lane; the scalar has the kind's element type, or is a wider integer."""
+        """v.splat(kind, scalar): the same value in every lane; the scalar has the kind's element type, or is a wider
+        integer."""
         target = of.instance_type
 
         def lowered(b: ir.IRBuilder, _: ir.Value, x: ir.Value) -> ir.Value:
@@ -153,7 +168,7 @@ def _lanes() -> dict[str, Any]:
         return constant_vector
 
     def shuffle(indices: list[int]) -> Any:
-        """v.shuffle(indices) in the factory, `name(x, y)` in the kernel: lane i is lane indices[i] of x followed by y."""
+        """v.shuffle(indices) in the factory, `name(x, y)` in the kernel: lane i is lane indices[i] of x, then y."""
 
         @operation
         def shuffle_lanes(x: Any, y: Any) -> Defined:
@@ -211,7 +226,7 @@ def _word_pairs(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value) -> ir.Value
 
 
 def _byte_pairs(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value) -> ir.Value:
-    """u8 × i8, neighbours added, as i16; the sums must fit, since one instruction saturates and the other form wraps."""
+    """u8 × i8, neighbours added, as i16; the sums must fit, as one instruction saturates and the other form wraps."""
     lanes = x.type.count // 2
     shorts = ir.VectorType(I16, lanes)
     if isa.name != "portable" and lanes >= 8:
@@ -234,7 +249,8 @@ def _dot(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.Value, s
     if signed and isa.name == "avx2":
         magnitude = call(b, f"llvm.abs.{mangled(x.type)}", x.type, x, ir.Constant(I1, 0))
         turned = call(b, "llvm.x86.avx2.psign.b" if lanes == 8 else "llvm.x86.ssse3.psign.b.128", y.type, y, x)
-        return b.add(total, _word_pairs(b, isa, _byte_pairs(b, isa, magnitude, turned), number(ir.VectorType(I16, 2 * lanes), 1)))
+        pairs = _byte_pairs(b, isa, magnitude, turned)
+        return b.add(total, _word_pairs(b, isa, pairs, number(pairs.type, 1)))
     if not is_x86():
         wide = ir.VectorType(I32, 4 * lanes)
         product = b.mul(b.sext(x, wide) if signed else b.zext(x, wide), b.sext(y, wide))

@@ -1,4 +1,5 @@
-"""Vector operations on memory: loads, stores, tables, stack, prefetch, atomics, calls by address. Addresses are int64 values."""
+"""Vector operations on memory: loads, stores, tables, stack, prefetch, atomics, calls by address. Addresses are int64
+values."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ I8, I16, HALF = ir.IntType(8), ir.IntType(16), ir.HalfType()
 Defined = tuple[types.Type, Lowering] | None
 
 
-def storage(of: types.Type) -> ir.Type:
+def storage(of: Any) -> ir.Type:
     """How a value of a Numba type lies in memory."""
     if isinstance(of, Vector):
         return of.ir
@@ -40,7 +41,9 @@ def like(of: ir.Type, element: ir.Type) -> ir.Type:
 
 def number(of: ir.Type, value: float) -> ir.Constant:
     """The same constant in every lane."""
-    return ir.Constant(of, [ir.Constant(of.element, value)] * of.count) if isinstance(of, ir.VectorType) else ir.Constant(of, value)
+    if isinstance(of, ir.VectorType):
+        return ir.Constant(of, [ir.Constant(of.element, value)] * of.count)
+    return ir.Constant(of, value)
 
 
 def half_to_float(b: ir.IRBuilder, isa: Isa, bits: ir.Value) -> ir.Value:
@@ -156,13 +159,13 @@ def _float_like(of: types.Type) -> types.Type:
     return kind("f32", of.lanes) if isinstance(of, Vector) else types.float32
 
 
-def _width(of: types.Type) -> int:
+def _width(of: Any) -> Any:
     return of.ir.element.width if isinstance(of, Vector) else of.bitwidth
 
 
 def _static() -> dict[str, Any]:
     def table(values: npt.NDArray[Any]) -> Any:
-        """v.table(array) in the factory, `address = name()` in the kernel: the array's bytes as a constant of the object file."""
+        """v.table(array) in the factory, `address = name()` in the kernel: the array's bytes, held in the object."""
         data = np.ascontiguousarray(values).tobytes()
 
         @operation
@@ -177,7 +180,7 @@ def _static() -> dict[str, Any]:
         return address_of_table
 
     def stack(nbytes: int) -> Any:
-        """v.stack(n) in the factory, `address = name()` in the kernel: n bytes of the kernel's own stack, aligned to 64."""
+        """v.stack(n) in the factory, `address = name()` in the kernel: n bytes of its own stack, aligned to 64."""
 
         @operation
         def address_on_stack() -> Defined:
@@ -252,7 +255,8 @@ def call_address(typingctx: Any, address: types.Type, *arguments: types.Type) ->
     """v.call(address, a, b, …): call `void f(int64, …)` at an address."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        passed = [context.cast(b, x, t, types.int64) for x, t in zip(cgutils.unpack_tuple(b, values[1]), arguments, strict=True)]
+        given = zip(cgutils.unpack_tuple(b, values[1]), arguments, strict=True)
+        passed = [context.cast(b, x, t, types.int64) for x, t in given]
         function = ir.FunctionType(ir.VoidType(), [I64] * len(passed))
         b.call(b.inttoptr(values[0], function.as_pointer()), passed)
         return context.get_dummy_value()

@@ -1,4 +1,4 @@
-"""Vector operations on small float32 matrices: the inner product tile of a matrix multiplication, and 4 x 4 transposition."""
+"""Vector operations on small float32 matrices: the tile of a matrix multiplication, and 4 x 4 transposition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Defined = tuple[types.Type, Lowering] | None
 
 def operations(isa: Isa) -> dict[str, Any]:
     def tile(rows: int, vectors: int, sums_stride: int) -> Any:
-        """v.tile(rows, vectors, sums_stride) in the factory gives an operation that keeps rows x vectors sums in registers.
+        """v.tile(rows, vectors, sums_stride) in the factory: an operation that keeps rows x vectors sums in registers.
 
         name(weights, row_stride, panel, panel_stride, count, sums): for r < rows and every lane t of the vectors,
         sums[r, t] += weights[r, k] · panel[k, t] for k < count, in order, each lane for itself; strides in bytes.
@@ -30,7 +30,8 @@ def operations(isa: Isa) -> dict[str, Any]:
         def inner_products(w: Any, row_stride: Any, panel: Any, panel_stride: Any, count: Any, sums: Any) -> Defined:
             def lowered(b: ir.IRBuilder, *values: ir.Value) -> ir.Value:
                 weights, stride, columns, step, number, address = values
-                places = [[b.add(address, I64(r * sums_stride + i * nbytes)) for i in range(vectors)] for r in range(rows)]
+                offsets = [[r * sums_stride + i * nbytes for i in range(vectors)] for r in range(rows)]
+                places = [[b.add(address, I64(offset)) for offset in row] for row in offsets]
                 held = [[cgutils.alloca_once_value(b, fetch(b, place, of.ir)) for place in row] for row in places]
                 starts = [b.add(weights, b.mul(stride, I64(r))) for r in range(rows)]
                 with cgutils.for_range(b, number) as loop:
@@ -58,8 +59,8 @@ def operations(isa: Isa) -> dict[str, Any]:
             p, q, r, s = (fetch(b, b.add(address, b.mul(step, I64(i))), four.ir) for i in range(4))
             low, high = shuffled(b, p, q, [0, 4, 1, 5]), shuffled(b, p, q, [2, 6, 3, 7])
             low2, high2 = shuffled(b, r, s, [0, 4, 1, 5]), shuffled(b, r, s, [2, 6, 3, 7])
-            columns = [shuffled(b, x, y, m) for x, y in ((low, low2), (high, high2)) for m in ([0, 1, 4, 5], [2, 3, 6, 7])]
-            return cgutils.pack_array(b, columns)
+            halves, masks = ((low, low2), (high, high2)), ([0, 1, 4, 5], [2, 3, 6, 7])
+            return cgutils.pack_array(b, [shuffled(b, x, y, mask) for x, y in halves for mask in masks])
 
         return types.UniTuple(four, 4), lowered
 
