@@ -1,8 +1,9 @@
-"""How near each matrix-vector kernel comes to the speed of memory: its bytes a second against a loop that only reads the same bytes.
+"""How near each matrix-vector kernel comes to the speed of memory: its bytes a second against a loop that only reads.
 
     python bench/gemv.py [--isa avx512] [--threads 1 2] [--megabytes 512] [--rounds 5] [--only Q8_0 Q4_K]
 
-Reading and multiplying alternate, so that both meet the same weather; the best round of each counts. Rows are shared out evenly.
+Reading and multiplying alternate, so that both meet the same weather; the best round of each counts. Rows are shared out
+evenly.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from localmoe.formats import FORMATS
+from localmoe.formats import FORMATS, Bytes
 from localmoe.kernels.cpu import activations, matmul
 from localmoe.kernels.cpu.build import Kernels, kernel
 from localmoe.kernels.cpu.isa import host_isa, named
@@ -62,6 +63,35 @@ def together(threads: int, work: Callable[[int], None]) -> float:
     return time.perf_counter() - start
 
 
+def measure(kernels: Kernels, name: str, weights: Bytes, threads: int, rounds: int) -> tuple[float, float]:
+    """(GB/s of the product, GB/s of reading) over the same bytes."""
+
+    def function(kernel_name: str, arguments: int) -> Callable[..., None]:
+        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(kernels.address(kernel_name))
+
+    gemv_name, form = matmul.FAST[name]
+    gemv, read, row_nbytes = function(gemv_name, 7), function("bench_read", 3), FORMATS[name].row_nbytes(COLUMNS)
+    x, row = np.ones(COLUMNS, np.float32), np.zeros(activations.activation_nbytes(form, COLUMNS), np.uint8)
+    if form == "f32":
+        row[:] = x.view(np.uint8)
+    else:
+        function(activations.QUANTISERS[form], 3)(x.ctypes.data, row.ctypes.data, COLUMNS)
+    share = weights.size // row_nbytes // threads
+    nbytes = share * row_nbytes // 1024 * 1024
+    out, sink = np.zeros(share * threads, np.float32), np.zeros((threads, 16), np.int32)
+
+    def multiply(n: int) -> None:
+        place = (weights.ctypes.data, row_nbytes, row.ctypes.data, out.ctypes.data)
+        gemv(*place, COLUMNS, n * share, (n + 1) * share)
+
+    def only_read(n: int) -> None:
+        read(weights.ctypes.data + n * share * row_nbytes, nbytes, sink[n].ctypes.data)
+
+    times = [(together(threads, only_read), together(threads, multiply)) for _ in range(rounds)]
+    plain, product = (threads * nbytes / min(t) / 1e9 for t in zip(*times, strict=True))
+    return product, plain
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", default=host_isa().name)
@@ -70,50 +100,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=list(matmul.FAST))
     chosen = parser.parse_args()
-    isa = named(chosen.isa)
+    weights = np.full(chosen.megabytes << 20, 1, np.uint8)
+    print(f"{chosen.isa}, {chosen.megabytes} MB, {COLUMNS} columns, best of {chosen.rounds}, GB/s")
+    print(f"{'format':8}{'threads':>8}{'gemv':>8}{'read':>8}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        kernels = Kernels(isa, Path(folder))
-
-        def function(name: str, arguments: int) -> Callable[..., None]:
-            return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(kernels.address(name))
-
-        read = function("bench_read", 3)
-        weights = np.full(chosen.megabytes << 20, 1, np.uint8)
-        x = np.ones(COLUMNS, np.float32)
-        sink = np.zeros(64 * max(chosen.threads), np.int32)
-        print(f"{isa.name}, {chosen.megabytes} MB, {COLUMNS} columns, best of {chosen.rounds}")
-        print(f"{'format':8}{'threads':>8}{'GB/s':>8}{'read':>8}{'ratio':>8}")
+        kernels = Kernels(named(chosen.isa), Path(folder))
         for name in chosen.only:
-            gemv_name, form = matmul.FAST[name]
-            gemv = function(gemv_name, 7)
-            row_nbytes = FORMATS[name].row_nbytes(COLUMNS)
-            rows = weights.size // row_nbytes
-            row = np.zeros(activations.activation_nbytes(form, COLUMNS), np.uint8)
-            if form == "f32":
-                row[:] = x.view(np.uint8)
-            else:
-                function(activations.QUANTISERS[form], 3)(x.ctypes.data, row.ctypes.data, COLUMNS)
-            out = np.zeros(rows, np.float32)
             for threads in chosen.threads:
-                share = rows // threads
-                nbytes = share * row_nbytes // 1024 * 1024
-
-                def multiply(n: int) -> None:
-                    gemv(
-                        weights.ctypes.data,
-                        row_nbytes,
-                        row.ctypes.data,
-                        out.ctypes.data,
-                        COLUMNS,
-                        n * share,
-                        (n + 1) * share,
-                    )
-
-                def only_read(n: int) -> None:
-                    read(weights.ctypes.data + n * share * row_nbytes, nbytes, sink.ctypes.data + n * 64)
-
-                times = [(together(threads, only_read), together(threads, multiply)) for _ in range(chosen.rounds)]
-                plain, product = (threads * nbytes / min(t) / 1e9 for t in zip(*times, strict=True))
+                product, plain = measure(kernels, name, weights, threads, chosen.rounds)
                 print(f"{name:8}{threads:8}{product:8.1f}{plain:8.1f}{product / plain:8.2f}", flush=True)
 
 

@@ -1,4 +1,5 @@
-"""`localmoe bench`: tokens per second, and per cent of what this machine could reach, measured in the same run; prints nothing."""
+"""`localmoe bench`: tokens per second, and per cent of what this machine could reach, measured in the same run; prints
+nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One test: mean and standard deviation over the repeats, in tokens per second, and the share of the named limit."""
+    """One test: mean and standard deviation over the repeats, in tokens per second, and the share of the named
+    limit."""
 
     test: str
     tokens_per_second: float
@@ -39,8 +41,9 @@ def run(
     repeat: int = 5,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Read `prompt` tokens from an empty cache, and generate `generate` tokens one by one, `repeat` times each after one that is
-    not counted. Each limit is measured beside each repeat. Raises SettingError where nothing is asked for."""
+    """Read `prompt` tokens from an empty cache, and generate `generate` tokens one by one, `repeat` times each after
+    one that is not counted. Each limit is measured beside each repeat. Raises SettingError where nothing is asked
+    for."""
     if not prompt and not generate:
         raise SettingError("bench has nothing to measure: give -p or -n a number above 0")
     model = Model(path, threads=threads, context=max(prompt, generate, 1), progress=progress)
@@ -75,7 +78,11 @@ def _measured(model: Model, tokens: int, kind: str, repeat: int, progress: Progr
         if turn:  # the first warms caches up
             rates.append(tokens / seconds)
             shares.append(100 * work / seconds / found)
-    name, limit = ("float32 multiply-adds", f"{found / 1e9:.0f} GFLOP/s") if kind == "pp" else ("memory reads", f"{found / 1e9:.1f} GB/s")
+    name, limit = (
+        ("float32 multiply-adds", f"{found / 1e9:.0f} GFLOP/s")
+        if kind == "pp"
+        else ("memory reads", f"{found / 1e9:.1f} GB/s")
+    )
     deviation = stdev(rates) if len(rates) > 1 else 0.0
     return Row(f"{kind}{tokens}", fmean(rates), deviation, name, fmean(shares), f"{limit}, {model.threads} threads")
 

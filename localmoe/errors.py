@@ -1,4 +1,5 @@
-"""The errors a person at the terminal can meet; each says the thing, what was found and what is possible, in one line."""
+"""The errors a person at the terminal can meet; each says the thing, what was found and what is possible, in one
+line."""
 
 from __future__ import annotations
 

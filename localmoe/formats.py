@@ -1,7 +1,7 @@
 """Block formats of GGML tensors and the `Weight` record; knows sizes only, not how to decode a block.
 
-Source of the table: the GGUF specification and ggml.h's `ggml_type` (ids), ggml-common.h (block sizes); checked in tests against
-the `gguf` package.
+Source of the table: the GGUF specification and ggml.h's `ggml_type` (ids), ggml-common.h (block sizes); checked in tests
+against the `gguf` package.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Format:
 
 
 _TABLE = (
-    ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24),
-    ("Q8_0", 8, 32, 34), ("Q8_1", 9, 32, 36), ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144),
-    ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210), ("Q8_K", 15, 256, 292), ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74),
-    ("IQ3_XXS", 18, 256, 98), ("IQ1_S", 19, 256, 50), ("IQ4_NL", 20, 32, 18), ("IQ3_S", 21, 256, 110), ("IQ2_S", 22, 256, 82),
-    ("IQ4_XS", 23, 256, 136), ("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8), ("F64", 28, 1, 8),
+    ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22),
+    ("Q5_1", 7, 32, 24), ("Q8_0", 8, 32, 34), ("Q8_1", 9, 32, 36), ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110),
+    ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210), ("Q8_K", 15, 256, 292),
+    ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74), ("IQ3_XXS", 18, 256, 98), ("IQ1_S", 19, 256, 50),
+    ("IQ4_NL", 20, 32, 18), ("IQ3_S", 21, 256, 110), ("IQ2_S", 22, 256, 82), ("IQ4_XS", 23, 256, 136),
+    ("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8), ("F64", 28, 1, 8),
     ("IQ1_M", 29, 256, 56), ("BF16", 30, 1, 2), ("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66), ("MXFP4", 39, 32, 17),
     ("NVFP4", 40, 64, 36), ("Q1_0", 41, 128, 18), ("Q2_0", 42, 64, 18),
 )  # fmt: skip
@@ -48,8 +49,8 @@ F32, F16, BF16 = FORMATS["F32"], FORMATS["F16"], FORMATS["BF16"]
 class Weight:
     """A named tensor over bytes it does not own (usually views of an mmap), row-major, last axis contiguous.
 
-    `shape` is numpy's order: (n,), (rows, columns) or (matrices, rows, columns). `slabs` holds one contiguous piece per leading
-    matrix for three axes (experts, heads), else exactly one. Nothing here reads the bytes.
+    `shape` is numpy's order: (n,), (rows, columns) or (matrices, rows, columns). `slabs` holds one contiguous piece per
+    leading matrix for three axes (experts, heads), else exactly one. Nothing here reads the bytes.
     """
 
     name: str
@@ -94,4 +95,6 @@ class Weight:
     def part(self, start: int, stop: int) -> Weight:
         """Rows start:stop of every matrix, as views."""
         a, b = start * self.row_nbytes, stop * self.row_nbytes
-        return Weight(self.name, (*self.shape[:-2], stop - start, self.columns), self.format, tuple(s[a:b] for s in self.slabs))
+        return Weight(
+            self.name, (*self.shape[:-2], stop - start, self.columns), self.format, tuple(s[a:b] for s in self.slabs)
+        )

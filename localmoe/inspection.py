@@ -1,4 +1,5 @@
-"""What a model file is and needs, from its header alone: parameters, formats, bytes, KV cache, the Program; prints nothing."""
+"""What a model file is and needs, from its header alone: parameters, formats, bytes, KV cache, the Program; prints
+nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ..
     """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
     program = Network(open_source(path)).program(1)
     header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(i),
             op.name,
@@ -66,9 +67,7 @@ def _model(network: Network, context: int | None) -> list[tuple[str, str]]:
 
 def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:
     total = sum(w.elements for w in source.tensors.values())
-    asleep = sum(
-        w.elements * (w.shape[0] - op.inputs[1].shape[1]) // w.shape[0] for op in routed for w in op.weights
-    )
+    asleep = sum(w.elements * (w.shape[0] - op.inputs[1].shape[1]) // w.shape[0] for op in routed for w in op.weights)
     rows = [("total", _count(total)), ("active per token", _count(total - asleep))]
     if routed:
         chosen, experts = routed[0].inputs[1].shape[1], routed[0].weights[0].shape[0]

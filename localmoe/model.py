@@ -1,4 +1,5 @@
-"""An opened model: where the loader, a family, a device, the tokenizer and the template are joined; knows no conversation."""
+"""An opened model: where the loader, a family, a device, the tokenizer and the template are joined; knows no
+conversation."""
 
 from __future__ import annotations
 
@@ -8,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from localmoe.arch.table import family
-from localmoe.errors import DeviceError, SettingError
-from localmoe.kernels.open import Device, Plan, Progress, open_device
+from localmoe.errors import DeviceError, FileFormatError, SettingError
+from localmoe.kernels.open import Device, Plan, open_device
 from localmoe.kernels.ops import Ops, trace
-from localmoe.kernels.program import Floats, Program, Tensor
+from localmoe.kernels.program import Floats, Program, Progress, Tensor
 from localmoe.loader.checkpoint import Checkpoint
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
@@ -34,15 +34,20 @@ class Network:
     """The weights and settings of one model file, and the Programs that its family traces; holds no device."""
 
     def __init__(self, source: Source) -> None:
-        """Raises UnsupportedError for what no family here implements, FileFormatError for tensors that do not fit it."""
+        """Raises UnsupportedError for what no family here implements, FileFormatError for tensors that do not fit
+        it."""
         self.source = source
         self.metadata = Metadata(source.metadata, str(source.path))
         self.module = family(self.metadata.architecture, str(source.path))
-        self.config: Any = self.module.Config.read(self.metadata)
+        checkpoint = Checkpoint(source)
+        try:
+            self.config: Any = self.module.Config.read(self.metadata)
+            self.weights: Any = self.module.load(self.config, checkpoint)
+            self.program(1)
+        except (ValueError, ArithmeticError) as error:  # each key is sound, but the sizes contradict each other
+            raise FileFormatError(f"{source.path}: the model's sizes do not fit together: {error}") from error
         self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
         self.metadata.finish()
-        checkpoint = Checkpoint(source)
-        self.weights: Any = self.module.load(self.config, checkpoint)
         checkpoint.finish()
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
@@ -71,7 +76,8 @@ class Model:
     ) -> None:
         """Open a GGUF file or a Hugging Face folder. `progress` hears (what, done, total) of anything that takes time.
 
-        Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does not fit.
+        Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does
+        not fit.
         """
         if lazy not in LAZY_MODES:
             raise SettingError(f"loading mode {lazy!r} is not known; these are: {', '.join(LAZY_MODES)}")
@@ -147,7 +153,9 @@ class Model:
         if ids.size == 0 or ids.min() < 0 or ids.max() >= vocabulary:
             raise SettingError(f"token ids must be between 0 and {vocabulary - 1}, and at least one")
         if position + ids.size > self.context:
-            raise DeviceError(f"{position + ids.size} tokens do not fit the context of {self.context}; open with a larger context")
+            raise DeviceError(
+                f"{position + ids.size} tokens do not fit the context of {self.context}; open with a larger context"
+            )
         if not all_logits:
             return self._plan(1 if ids.size == 1 else self.chunk, all_rows=False).run(ids.astype(np.int32), position)
         step = min(SCORE_CHUNK, self.context)
@@ -167,7 +175,8 @@ class Model:
         return self._plans[key]
 
     def _fitting_context(self, asked: int | None, kv_format: str) -> int:
-        """The context to allocate: what was asked, else the trained one up to 8192; refused with numbers when memory lacks."""
+        """The context to allocate: what was asked, else the trained one up to 8192; refused with numbers when memory
+        lacks."""
         trained = self.network.trained_context
         if asked is not None and asked < 1:
             raise SettingError(f"a context of {asked} tokens is not possible; at least 1 is")
@@ -176,8 +185,8 @@ class Model:
         free = available_nbytes()
         if context * per_token > free:
             raise DeviceError(
-                f"{self.source.path}: a context of {context} tokens needs {readable_size(context * per_token)} for keys and values,"
-                f" and {readable_size(free)} are free; at most {free // per_token} tokens fit"
+                f"{self.source.path}: a context of {context} tokens needs {readable_size(context * per_token)} for keys "
+                f"and values, and {readable_size(free)} are free; at most {free // per_token} tokens fit"
             )
         return context
 
@@ -188,9 +197,7 @@ def read_all(source: Source, progress: Progress | None = None) -> None:
     report = partial(progress, "reading weights") if progress else None
     for weight in source.tensors.values():
         for slab in weight.slabs:
-            slab[:: 1024].max(initial=0)
+            slab[::1024].max(initial=0)
             done += slab.size
         if report:
             report(done, source.nbytes)
-
-

@@ -1,4 +1,5 @@
-"""The Python face: a model with what a notebook wants of it; everything it does is done by model, engine and session."""
+"""The Python face: a model with what a notebook wants of it; everything it does is done by model, engine and
+session."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Chat:
 
 
 class LoadedModel(Model):
-    """What `localmoe.load` returns: a `Model` that can also generate and chat. It has one KV cache, so use one thing at a time."""
+    """What `localmoe.load` returns: a `Model` that can also generate and chat. It has one KV cache, so use one thing
+    at a time."""
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Teacher-forced logits (T, V), float32, of a text that starts at position 0."""

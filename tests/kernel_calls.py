@@ -1,4 +1,4 @@
-"""Calling kernels from tests: compiled kernels by instruction set, random blocks of any format, activations as kernels see them."""
+"""Calling kernels from tests: compiled kernels by instruction set, random blocks of any format, quantised rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def random_rows(name: str, rows: int, columns: int, rng: np.random.Generator) ->
     format = FORMATS[name]
     if name in ("F32", "F16", "BF16"):
         values = rng.standard_normal((rows, columns), np.float32)
-        return np.ascontiguousarray(quants.quantize(values, GGMLQuantizationType[name])).view(np.uint8).reshape(rows, -1)
+        return (
+            np.ascontiguousarray(quants.quantize(values, GGMLQuantizationType[name])).view(np.uint8).reshape(rows, -1)
+        )
     blocks = rng.integers(0, 256, (rows * columns // format.elements, format.nbytes), dtype=np.uint8)
     for place in _SCALES.get(name, (0,)):
         blocks[:, place : place + 2] = _halves(rng, len(blocks), 0.01)

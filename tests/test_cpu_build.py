@@ -1,4 +1,4 @@
-"""Compiled kernels: emitted for the instruction set that was asked for, kept in a cache, loaded without numba; and what `v` promises."""
+"""Compiled kernels: emitted for the instruction set asked for, cached, loaded without numba; and what `v` promises."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def atomics(v: Any) -> Callable[..., None]:
 
     def run(counter, callee):  # type: ignore[no-untyped-def]
         v.atomic_store(counter, v.atomic_add(counter, 3) * 100 + v.atomic_load(counter))
-        v.store(held(), v.load(v.int64, table() + 8))
-        v.call(callee, held(), counter + 8, 1)
+        place = held()
+        v.store(place, v.load(v.int64, table() + 8))
+        v.call(callee, place, counter + 8, 1)
         v.pause()
 
     return run
@@ -173,11 +174,13 @@ def test_a_warm_start_never_imports_numba(tmp_path: Path) -> None:
         f"build.Kernels(isa.host_isa(), pathlib.Path({str(tmp_path)!r})).address('gemv_f32');"
         "assert not {'numba', 'gguf'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 def test_an_instruction_set_that_the_host_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "_host_features", lambda: {})
+    monkeypatch.setattr(isa, "_host_features", dict)
     assert isa.runnable() == ("portable",)
     with pytest.raises(DeviceError, match="'avx2' cannot run on this processor; possible: portable"):
         isa.named("avx2")

@@ -1,4 +1,4 @@
-"""Rows of every block format become the float32 values that ggml makes of them, bit for bit, on every instruction set."""
+"""Rows of every block format become the float32 values that ggml makes of them, bit for bit, on every processor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_calls import dequantised, function, golden, poisoned, random_rows
 
 from localmoe.formats import FORMATS
 from localmoe.kernels.cpu import isa, matmul
 from localmoe.kernels.cpu.dequantise import BLOCKS
-from kernel_calls import dequantised, function, golden, poisoned, random_rows
 
 ALL = ["F32", "F16", "BF16", *BLOCKS]
 REMAINING = [i for i in isa.runnable() if i != isa.runnable()[0]]

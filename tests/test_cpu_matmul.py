@@ -1,14 +1,16 @@
-"""Matrix kernels of the cpu against float64 products of the same numbers, on every instruction set that this host runs."""
+"""Matrix kernels of the cpu against float64 products of the same numbers, by every instruction set of this host."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from kernel_calls import Bytes, Floats, activation_row, dequantised, emulated, function, kernels, poisoned, random_rows
 
 from localmoe.formats import FORMATS
 from localmoe.kernels.cpu import activations, gemm, isa, matmul
 from localmoe.kernels.cpu.dequantise import BLOCKS
-from kernel_calls import Bytes, Floats, activation_row, dequantised, emulated, function, poisoned, random_rows
 
 ISAS = isa.runnable()
 COLUMNS = {"f32": (1, 3, 24, 64, 96, 320, 1408), "q8_32": (32, 96, 288, 1408, 10944), "q8_256": (256, 512, 2304)}
@@ -16,11 +18,11 @@ GENERIC = sorted(set(BLOCKS) - set(matmul.FAST))
 
 
 def multiplied(which: str, name: str, rows: Bytes, x: Floats, cuts: tuple[int, ...] = ()) -> Floats:
-    """rows · x through the format's kernel, the rows cut into calls at `cuts`; out is poisoned before, and behind its end."""
+    """rows · x through the format's kernel, the rows cut into calls at `cuts`; out is poisoned, behind its end too."""
     kernel, form = matmul.gemv_kernel(FORMATS[name])
     row, out = activation_row(which, form, x), poisoned(len(rows) + 1)
     bounds = (0, *cuts, len(rows))
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         place = (rows.ctypes.data, rows.shape[1], row.ctypes.data, out.ctypes.data)
         function(which, kernel, 7)(*place, x.size, start, stop)
     assert np.isnan(out[-1]), "the kernel wrote behind its rows"
@@ -42,7 +44,9 @@ def test_a_fast_product_equals_the_exact_one_of_the_quantised_activations(name: 
         x = rng.standard_normal(columns, np.float32) + np.float32(0.5)
         expected = dequantised(name, rows).astype(np.float64) @ emulated(form, x)
         scale = np.abs(dequantised(name, rows)).astype(np.float64) @ np.abs(emulated(form, x))
-        error = np.abs(multiplied(which, name, rows, x) - expected).max() / max(np.abs(expected).max(), scale.max() / 64)
+        error = np.abs(multiplied(which, name, rows, x) - expected).max() / max(
+            np.abs(expected).max(), scale.max() / 64
+        )
         assert error <= 1e-5, (columns, error)
 
 
@@ -109,10 +113,8 @@ def products(which: str, name: str, rows: Bytes, x: Floats, cuts: tuple[int, ...
     function(which, "pack_panel", 5)(x.ctypes.data, x.strides[0], tokens, columns, panels.ctypes.data)
     out, scratch = poisoned(tokens + 1, len(rows)), poisoned(gemm.scratch_nbytes(tokens, chosen) // 4 + 1)
     bounds = (0, *cuts, len(rows))
-    from kernel_calls import kernels
-
     dequantise = kernels(which).address(matmul.dequantise_kernel(FORMATS[name]))
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         place = (dequantise, rows.ctypes.data, rows.shape[1], panels.ctypes.data, out.ctypes.data, out.strides[0])
         arguments = np.array([*place, tokens, columns, start, stop, scratch.ctypes.data], np.int64)
         assert arguments.size == gemm.ARGUMENTS

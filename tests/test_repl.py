@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import os
+import select
 import signal
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -367,3 +373,74 @@ def test_off_a_terminal_there_is_never_a_bar() -> None:
     on = screen()
     with on.progress("opening") as bar:
         assert not bar._timer.is_alive()
+
+
+def on_a_terminal() -> None:
+    """Run in a process of its own: `localmoe chat` with a model that takes its time."""
+    import time
+
+    from fakes import FakeModel
+
+    import localmoe
+    from localmoe.cli import main
+
+    model = FakeModel({"hello": "Hi there.", "long": "word " * 400}, context=4000)
+    model.before_call = lambda: time.sleep(0.005)
+    localmoe.load = lambda path, **how: model
+    main(["chat", "x.gguf"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pseudo-terminal")
+def test_a_whole_chat_on_a_real_terminal(tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    tests = Path(__file__).parent
+    surroundings = {
+        **os.environ,
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "XDG_STATE_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent))),
+    }
+    program = inspect.getsource(on_a_terminal) + "on_a_terminal()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=surroundings,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen = ""
+
+    def expect(text: str) -> None:
+        """Read on until `text` appears, and go on behind it."""
+        nonlocal seen
+        deadline = time.monotonic() + 30
+        while text not in seen:
+            assert time.monotonic() < deadline, f"waited for {text!r}, saw {seen!r}"
+            if select.select([ours], [], [], 0.1)[0]:
+                seen += os.read(ours, 65536).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    try:
+        expect("/help for commands")
+        expect(">>>")
+        os.write(ours, b"long\r")
+        expect("word word")
+        # The chat is not the terminal's foreground job here, so the signal is sent and not typed.
+        process.send_signal(signal.SIGINT)
+        expect("(stopped)")
+        expect(">>>")
+        os.write(ours, b"hello\r")
+        expect("Hi there.")
+        expect(">>>")
+        os.write(ours, b"/exit\r")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert (tmp_path / "localmoe" / "history").read_text().count("+") == 3

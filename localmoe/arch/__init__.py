@@ -1,0 +1,1 @@
+"""Model families, one file each: MODEL_TYPES, Config, load, forward; they call ops and know no device."""

@@ -1,7 +1,7 @@
 """DeepSeek-V2, V3, R1 and Mistral Large 3: latent attention in absorbed form, shared and routed experts.
 
-DeepSeek-V2 (2024) section 2.1, DeepSeek-V3 (2024) section 2.1. Only the latent and one rope key per token are cached; q is carried
-into the latent space by k_b, and the attended latent out of it by v_b.
+DeepSeek-V2 (2024) section 2.1, DeepSeek-V3 (2024) section 2.1. Only the latent and one rope key per token are cached;
+q is carried into the latent space by k_b, and the attended latent out of it by v_b.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from localmoe.arch.rope import Rope
+from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.kernels.ops import Cache, Ops
 from localmoe.kernels.program import RopeTable, Router, Temperature, Tensor
@@ -79,7 +80,9 @@ class Config:
 def read_router(meta: Metadata) -> Router:
     """V3 sums a group's two best biased scores, V2 takes its best; both mask the other groups out."""
     meta.expect("expert_gating_func", *GATING)
-    score = GATING[meta.int("expert_gating_func", 0)]
+    # GLM-4.7-Flash is stored as deepseek2 without the key, and it is sigmoid (llama.cpp knows it by these sizes).
+    glm_flash = meta.int("block_count") in (47, 48) and meta.vocabulary == 154880
+    score = GATING[meta.int("expert_gating_func", 2 if glm_flash else 0)]
     return Router(
         score=score,
         used=meta.int("expert_used_count", 0),
@@ -94,7 +97,12 @@ def read_router(meta: Metadata) -> Router:
 def read_temperature(meta: Metadata) -> Temperature | None:
     """Mistral Large 3 warms its queries with the position."""
     scale = meta.float("attention.temperature_scale", 0.0)
-    return Temperature(scale, meta.int("attention.temperature_length")) if scale else None
+    length = meta.int("attention.temperature_length", 0)
+    if scale and not length:
+        raise FileFormatError(
+            f"{meta.origin}: attention.temperature_length is 0 or missing, a number of tokens is expected"
+        )
+    return Temperature(scale, length) if scale else None
 
 
 class Block(NamedTuple):
@@ -127,7 +135,8 @@ class Weights(NamedTuple):
 
 
 def load(c: Config, get: Checkpoint) -> Weights:
-    """Every tensor by name and shape; `attn_kv_b` of older files and of safetensors is cut into k_b and v_b without a copy."""
+    """Every tensor by name and shape; `attn_kv_b` of older files and of safetensors is cut into k_b and v_b without a
+    copy."""
     embedding = get("token_embd", (c.vocabulary, c.embedding_length))
     return Weights(
         embedding=embedding,
@@ -167,7 +176,9 @@ def load_block(c: Config, at: Checkpoint, sparse: bool) -> Block:
         gate=at.experts("ffn_gate_exps", (E, F, D)) if sparse else at("ffn_gate", (F, D)),
         up=at.experts("ffn_up_exps", (E, F, D)) if sparse else at("ffn_up", (F, D)),
         down=at.experts("ffn_down_exps", (E, D, F)) if sparse else at("ffn_down", (D, F)),
-        shared=(at("ffn_gate_shexp", (S, D)), at("ffn_up_shexp", (S, D)), at("ffn_down_shexp", (D, S))) if sparse and S else None,
+        shared=(at("ffn_gate_shexp", (S, D)), at("ffn_up_shexp", (S, D)), at("ffn_down_shexp", (D, S)))
+        if sparse and S
+        else None,
     )
 
 
@@ -184,7 +195,9 @@ def forward(ops: Ops, c: Config, w: Weights, tokens: Tensor, cache: Cache) -> Te
 def attend(ops: Ops, c: Config, b: Block, rope: RopeTable, x: Tensor, cache: Cache) -> Tensor:
     q, kv = project(ops, c, b, x)
     latent = ops.rms_norm(kv.columns(0, c.kv_lora_rank), b.attn_kv_a_norm, c.lora_rms_epsilon).heads(1)  # (T, 1, L)
-    turned = ops.rope(kv.columns(c.kv_lora_rank, kv.shape[1]).heads(1), rope)  # (T, 1, rope), one for all heads, not normed
+    turned = ops.rope(
+        kv.columns(c.kv_lora_rank, kv.shape[1]).heads(1), rope
+    )  # (T, 1, rope), one for all heads, not normed
     layer = cache.append(ops.concat(latent, turned), value_prefix=c.kv_lora_rank)
     q = q.heads(c.head_count)
     carried = ops.head_linear(q.columns(0, c.nope_length), b.attn_k_b, transposed=b.k_b_transposed)  # (T, H, L)
@@ -204,7 +217,8 @@ def project(ops: Ops, c: Config, b: Block, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def feed(ops: Ops, x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    return ops.linear(ops.glu(*ops.linears(x, (gate, up))), down)
+    opened, passed = ops.linears(x, (gate, up))  # (T, F)
+    return ops.linear(ops.glu(opened, passed), down)
 
 
 def mix(ops: Ops, c: Config, b: Block, router: Weight, x: Tensor) -> Tensor:

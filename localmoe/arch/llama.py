@@ -1,4 +1,5 @@
-"""Llama 1-3, Mistral and Mixtral: grouped-query attention, SwiGLU or softmax top-k experts. Touvron et al. 2023; Jiang et al. 2024."""
+"""Llama 1-3, Mistral and Mixtral: grouped-query attention, SwiGLU or softmax top-k experts. Touvron et al. 2023; Jiang
+et al. 2024."""
 
 from __future__ import annotations
 
@@ -112,7 +113,9 @@ def load(c: Config, get: Checkpoint) -> Weights:
         blocks=[block(i) for i in range(c.block_count)],
         norm=get("output_norm", (D,)),
         output=get.optional("output", (c.vocabulary, D)) or embedding,
-        rope=c.rope.table("pairs" if get.source.rope_permuted else "halves", get.optional("rope_freqs", (c.rope.dimensions // 2,))),
+        rope=c.rope.table(
+            "pairs" if get.source.rope_permuted else "halves", get.optional("rope_freqs", (c.rope.dimensions // 2,))
+        ),
     )
 
 

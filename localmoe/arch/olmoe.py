@@ -1,4 +1,5 @@
-"""OLMoE: q and k norms over the full projection, softmax top-8 of 64 experts, not renormalised. Muennighoff et al. 2024."""
+"""OLMoE: q and k norms over the full projection, softmax top-8 of 64 experts, not renormalised. Muennighoff et al.
+2024."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Qwen2-MoE: softmax top-k experts that are not renormalised, and one shared expert behind a sigmoid. Yang et al. 2024."""
+"""Qwen2-MoE: softmax top-k experts that are not renormalised, and one shared expert behind a sigmoid. Yang et al.
+2024."""
 
 from __future__ import annotations
 

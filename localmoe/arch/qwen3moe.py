@@ -1,4 +1,5 @@
-"""Qwen3-MoE: per-head q and k norms, softmax top-k experts with renormalised shares. Qwen3 Technical Report 2025, section 2."""
+"""Qwen3-MoE: per-head q and k norms, softmax top-k experts with renormalised shares. Qwen3 Technical Report 2025,
+section 2."""
 
 from __future__ import annotations
 

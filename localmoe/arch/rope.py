@@ -1,7 +1,8 @@
-"""Rotary position settings of a model file and the table they give: plain, linear, llama3 and yarn scaling; knows no family.
+"""Rotary position settings of a model file and the table they give: plain, linear, llama3 and yarn scaling; knows no
+family.
 
-Sources: YaRN (Peng et al. 2023, section 3.2-3.4), Llama 3.1's frequency smoothing, transformers' modeling_rope_utils for rounding
-(float32 throughout), llama.cpp's llama-context.cpp for the meaning of the GGUF keys.
+Sources: YaRN (Peng et al. 2023, section 3.2-3.4), Llama 3.1's frequency smoothing, transformers' modeling_rope_utils
+for rounding (float32 throughout), llama.cpp's llama-context.cpp for the meaning of the GGUF keys.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from math import ceil, floor, log, pi
 
 import numpy as np
 
+from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.kernels.program import Floats, RopeTable
 from localmoe.loader.metadata import Metadata
@@ -43,7 +45,8 @@ class Rope:
 
     @classmethod
     def read(cls, meta: Metadata, dimensions: int, log_multiplier_unit: float = 1.0) -> Rope:
-        """`dimensions` is the default of rope.dimension_count. In deepseek2 files yarn_log_multiplier is stored times 0.1."""
+        """`dimensions` is the default of rope.dimension_count. In deepseek2 files yarn_log_multiplier is stored times
+        0.1."""
         meta.expect("rope.scaling.type", *SCALINGS)
         scaling = meta.str("rope.scaling.type", "none")
         factor = meta.float("rope.scaling.factor", 1.0)
@@ -51,13 +54,22 @@ class Rope:
             scaling, factor = "linear", meta.float("rope.scale_linear")
         magnitude_all = meta.float("rope.scaling.yarn_log_multiplier", 0.0) / log_multiplier_unit
         meta.expect("rope.scaling.yarn_ext_factor", 1.0, -1.0)
+        base = meta.float("rope.freq_base", 10000.0)
+        dimensions = meta.int("rope.dimension_count", dimensions)
+        original_context = meta.int("rope.scaling.original_context_length", 0) or meta.int("context_length", 0)
+        if base <= 1 or factor <= 0 or not 0 < dimensions <= 65536 or dimensions % 2 or not original_context:
+            raise FileFormatError(
+                f"{meta.origin}: rope of base {base:g}, factor {factor:g}, {dimensions} dimensions and an original context of "
+                f"{original_context} is not possible; base > 1, factor > 0, an even number of dimensions and a context are"
+            )
         return cls(
-            dimensions=meta.int("rope.dimension_count", dimensions),
-            base=meta.float("rope.freq_base", 10000.0),
+            dimensions=dimensions,
+            base=base,
             scaling=scaling,
             factor=factor,
-            original_context=meta.int("rope.scaling.original_context_length", 0) or meta.int("context_length", 0),
-            attention_factor=meta.float("rope.scaling.attn_factor", 1.0) * meta.float("rope.scaling.yarn_attn_factor", 1.0),
+            original_context=original_context,
+            attention_factor=meta.float("rope.scaling.attn_factor", 1.0)
+            * meta.float("rope.scaling.yarn_attn_factor", 1.0),
             low_frequency_factor=meta.float("rope.scaling.low_freq_factor", 1.0),
             high_frequency_factor=meta.float("rope.scaling.high_freq_factor", 4.0),
             beta_fast=meta.float("rope.scaling.yarn_beta_fast", 32.0),
@@ -75,7 +87,7 @@ class Rope:
     def table(self, layout: str, factors: Weight | None = None) -> RopeTable:
         """The rope table; `factors` is the file's `rope_freqs` tensor (one divisor per frequency), if it has one."""
         exponents = np.arange(0, self.dimensions, 2, dtype=np.float32) / np.float32(self.dimensions)
-        plain = (np.float32(1) / np.float32(self.base) ** exponents).astype(np.float32)
+        plain: Floats = (1 / np.power(np.float32(self.base), exponents)).astype(np.float32)
         if factors is not None:
             return RopeTable(plain / factors.slabs[0].view(np.float32), layout)
         if self.scaling == "linear":
@@ -87,7 +99,8 @@ class Rope:
         return RopeTable(plain, layout)
 
     def _amplitude(self) -> float:
-        """cos and sin are multiplied by this. With a log multiplier (deepseek, mistral) it is a ratio that is mostly 1."""
+        """cos and sin are multiplied by this. With a log multiplier (deepseek, mistral) it is a ratio that is mostly
+        1."""
         if self.magnitude_all == 0:
             return yarn_magnitude(self.factor, 1.0) * self.attention_factor
         ratio = yarn_magnitude(self.factor, self.magnitude) / yarn_magnitude(self.factor, self.magnitude_all)

@@ -22,5 +22,7 @@ FAMILIES = {
 def family(architecture: str, origin: str) -> ModuleType:
     """The module with MODEL_TYPES, Config, load and forward. Raises UnsupportedError for any other architecture."""
     if architecture not in FAMILIES:
-        raise UnsupportedError(f"{origin}: architecture {architecture!r} is not supported; these are: {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedError(
+            f"{origin}: architecture {architecture!r} is not supported; these are: {', '.join(sorted(FAMILIES))}"
+        )
     return import_module(f"localmoe.arch.{FAMILIES[architecture]}")

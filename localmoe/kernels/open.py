@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import DeviceError, SettingError
-from localmoe.kernels.program import Floats, Program
+from localmoe.kernels.program import Floats, Program, Progress
 
 DEVICES = ("cpu", "reference")
 KV_FORMATS = ("f16", "f32")
-Progress = Callable[[str, int, int], None]
 
 
 class Plan(Protocol):

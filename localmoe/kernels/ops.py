@@ -1,8 +1,10 @@
-"""The op contract: what every device must compute. Calling an op records it into a Program; the numpy twin is in `reference`.
+"""The op contract: what every device must compute. Calling an op records it into a Program; the numpy twin is in
+`reference`.
 
-Rules for all: arrays are float32 unless said; a dot product accumulates in float32 or better; weights of any block format count as
-their dequantised values; a device may quantise the *input* of `linear`, `head_linear` and `experts` to 8 bits when the weight is
-quantised, never when it is F32, F16 or BF16, and never for a router. Results do not depend on the number of threads.
+Rules for all: arrays are float32 unless said; a dot product accumulates in float32 or better; weights of any block
+format count as their dequantised values; a device may quantise the *input* of `linear`, `head_linear` and `experts` to
+8 bits when the weight is quantised, never when it is F32, F16 or BF16, and never for a router. Results do not depend
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -36,9 +38,12 @@ class Cache:
     def append(self, key: Tensor, value: Tensor | None = None, *, value_prefix: int = 0) -> CacheLayer:
         """Write this step's keys (T, K, dk) and values (T, K, dv) behind those of earlier steps, as the next layer.
 
-        Without `value`, the first `value_prefix` elements of a key are its value (absorbed MLA: one latent serves as both).
+        Without `value`, the first `value_prefix` elements of a key are its value (absorbed MLA: one latent serves as
+        both).
         """
-        self._ops.check(value is None or value.shape[:2] == key.shape[:2], "cache_append", "keys and values differ", key, value)
+        self._ops.check(
+            value is None or value.shape[:2] == key.shape[:2], "cache_append", "keys and values differ", key, value
+        )
         width = None if value is None else value.shape[2]
         layer = CacheLayer(len(self.layers), key.shape[1], key.shape[2], width, value_prefix)
         self.layers.append(layer)
@@ -63,7 +68,8 @@ class Ops:
         return self.record("embed", (tokens,), (self.new((self.tokens, weight.columns)),), (weight,))[0]
 
     def rms_norm(self, x: Tensor, weight: Weight | None, epsilon: float) -> Tensor:
-        """x / sqrt(mean(x²) + ε) · weight over the last axis (a row, or each head) -> shape of x. Zhang & Sennrich 2019."""
+        """x / sqrt(mean(x²) + ε) · weight over the last axis (a row, or each head) -> shape of x. Zhang & Sennrich
+        2019."""
         self.check(weight is None or weight.shape == x.shape[-1:], "rms_norm", "width", x, weight)
         return self.record("rms_norm", (x,), (self.new(x.shape),), (weight,) if weight else (), epsilon=epsilon)[0]
 
@@ -109,14 +115,15 @@ class Ops:
         window: int = 0,
         temperature: Temperature | None = None,
     ) -> Tensor:
-        """Causal softmax attention of q (T, H, dk) over everything in the cache layer, this step included -> (T, H, dv).
+        """Causal softmax attention of q (T, H, dk) over everything in the cache layer, this step included -> (T, H,
+        dv).
 
         Head h reads kv-head h // (H / K). `window` > 0: a query sees its last `window` positions only, itself included.
         """
         self.check(q.shape[1] % cache.heads == 0 and q.shape[2] == cache.key_width, "attention", "heads or width", q)
         out = self.new((q.shape[0], q.shape[1], cache.value_width or cache.value_prefix))
-        extra = {"cache": cache, "scale": scale, "window": window, "temperature": temperature}
-        return self.record("attention", (q,), (out,), **extra)[0]
+        self.record("attention", (q,), (out,), cache=cache, scale=scale, window=window, temperature=temperature)
+        return out
 
     def glu(self, gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
         """act(gate) · up -> shape of up; a gate of width 1 is spread over the row. Shazeer 2020."""
@@ -126,11 +133,14 @@ class Ops:
     def route(self, logits: Tensor, router: Router, bias: Weight | None = None) -> tuple[Tensor, Tensor]:
         """Router logits (T, E) -> ids (T, k) of int32 and shares (T, k), best first; ties go to the lower id.
 
-        scores = softmax or sigmoid of the logits. The choice is made on scores + bias: with groups > 1 only experts of the best
-        `groups_used` groups stand (a group's score is its largest, "max", or the sum of its two largest, "top2"; the others are
-        -inf). Shares are the *unbiased* scores of the chosen, divided by their sum if `normalise`, times `scale`.
+        scores = softmax or sigmoid of the logits. The choice is made on scores + bias: with groups > 1 only experts of
+        the best `groups_used` groups stand (a group's score is its largest, "max", or the sum of its two largest,
+        "top2"; the others are -inf). Shares are the *unbiased* scores of the chosen, divided by their sum if
+        `normalise`, times `scale`.
         """
-        self.check(router.score in SCORES and logits.shape[1] % router.groups == 0, "route", router.score, logits)
+        fits = 0 < router.used <= logits.shape[1] and logits.shape[1] % router.groups == 0
+        self.check(fits and 0 < router.groups_used <= router.groups, "route", f"{router}", logits)
+        assert router.score in SCORES
         ids, shares = self.new((logits.shape[0], router.used), "i32"), self.new((logits.shape[0], router.used))
         self.record("route", (logits,), (ids, shares), (bias,) if bias else (), router=router)
         return ids, shares
@@ -138,7 +148,8 @@ class Ops:
     def experts(
         self, x: Tensor, ids: Tensor, shares: Tensor, gate: Weight, up: Weight, down: Weight, kind: str = "silu"
     ) -> Tensor:
-        """Σ over the chosen experts of share · down(act(gate x) · up x): x (T, D), gate and up (E, F, D), down (E, D, F) -> (T, D).
+        """Σ over the chosen experts of share · down(act(gate x) · up x): x (T, D), gate and up (E, F, D), down (E, D,
+        F) -> (T, D).
 
         The sum runs in the order of the ids' columns. One op: residency, grouping and fusion stay below this line.
         """
@@ -159,7 +170,9 @@ class Ops:
 
     def finish(self, output: Tensor) -> Program:
         """The recorded Program, whose result is `output` (rows, V)."""
-        return Program(self.tokens, tuple(self._ops), self.input, output, tuple(self._buffers), tuple(self.cache.layers))
+        return Program(
+            self.tokens, tuple(self._ops), self.input, output, tuple(self._buffers), tuple(self.cache.layers)
+        )
 
     def new(self, shape: tuple[int, ...], dtype: str = "f32") -> Tensor:
         tensor = Tensor(len(self._buffers), shape, contiguous(shape), 0, dtype)
@@ -178,7 +191,8 @@ class Ops:
         return outputs
 
     def check(self, sound: bool, op: str, what: str, *operands: Tensor | Weight | None) -> None:
-        """A mismatch here is a mistake in an architecture file, not in a user's model: weights were checked when loaded."""
+        """A mismatch here is a mistake in an architecture file, not in a user's model: weights were checked when
+        loaded."""
         if not sound:
             raise ValueError(f"{op}: {what}: {[o.shape for o in operands if o is not None]}")
 

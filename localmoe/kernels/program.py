@@ -1,11 +1,12 @@
-"""The Program: what a forward pass does, as a flat list of op records over named buffers; holds no numbers and runs nothing.
+"""The Program: what a forward pass does, as a flat list of op records over named buffers; holds no numbers and runs
+nothing.
 
 Letters: T tokens, D hidden, H heads, K kv-heads, d head width, E experts, F expert width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -16,13 +17,15 @@ import numpy.typing as npt
 from localmoe.formats import Weight
 
 Floats = npt.NDArray[np.float32]
+Progress = Callable[[str, int, int], None]  # (what, done, total) of anything that takes time
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
     """A handle to a buffer, or to a regular part of one: no numbers, no arithmetic.
 
-    `strides` are in elements, one per axis, the last always 1; `offset` is where the view begins. Axis 0 is T, the tokens of the step.
+    `strides` are in elements, one per axis, the last always 1; `offset` is where the view begins. Axis 0 is T, the
+    tokens of the step.
     """
 
     buffer: int
@@ -73,7 +76,8 @@ class CacheLayer:
 class RopeTable:
     """Rotary embedding (Su et al. 2021): angle = position · inverse_frequencies, cos and sin times `amplitude`.
 
-    `layout` says which elements form a pair: "pairs" (2i, 2i+1) or "halves" (i, i + n). The first 2 · n elements of a head turn.
+    `layout` says which elements form a pair: "pairs" (2i, 2i+1) or "halves" (i, i + n). The first 2 · n elements of a
+    head turn.
     """
 
     inverse_frequencies: Floats

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from localmoe.errors import UnsupportedError
 from localmoe.formats import Bytes, Format, Weight
 from localmoe.kernels.program import CacheLayer, Floats, Op, Program, RopeTable, Router, Tensor
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 def dequantise(data: Bytes, format: Format) -> Floats:
@@ -55,7 +56,10 @@ class ReferenceDevice:
             if layer.index not in self.caches:
                 keys = np.zeros((layer.heads, self.context, layer.key_width), self.kv_type)
                 width = layer.value_width
-                self.caches[layer.index] = (keys, np.zeros((layer.heads, self.context, width), self.kv_type) if width else None)
+                self.caches[layer.index] = (
+                    keys,
+                    np.zeros((layer.heads, self.context, width), self.kv_type) if width else None,
+                )
         return ReferencePlan(self, program)
 
     def close(self) -> None:
@@ -86,7 +90,8 @@ class ReferencePlan:
 
 
 def _poisoned(tensor: Tensor, tokens: int) -> Array:
-    """A whole buffer for a step of `tokens` tokens (one of a single row keeps it), filled so that an unwritten part shows."""
+    """A whole buffer for a step of `tokens` tokens (one of a single row keeps it), filled so that an unwritten part
+    shows."""
     size = min(tensor.shape[0], tokens) * prod(tensor.shape[1:])
     return np.full(size, np.nan, np.float32) if tensor.dtype == "f32" else np.full(size, -1, np.int32)
 
@@ -134,7 +139,9 @@ def rope(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) ->
     table: RopeTable = op.attributes["table"]
     x, n = np.array(inputs[0], np.float32), table.inverse_frequencies.size
     cos, sin = (a[:, None, :] for a in rope_angles(table, position, x.shape[0]))
-    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if table.layout == "pairs" else (slice(0, n), slice(n, 2 * n))
+    first, second = (
+        (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if table.layout == "pairs" else (slice(0, n), slice(n, 2 * n))
+    )
     a, b = x[..., first].copy(), x[..., second].copy()
     x[..., first], x[..., second] = a * cos - b * sin, b * cos + a * sin
     return [x]
@@ -233,5 +240,19 @@ def last_row(device: ReferenceDevice, op: Op, inputs: list[Array], position: int
 
 _TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]] = {
     f.__name__: f
-    for f in (embed, rms_norm, linear, head_linear, rope, concat, cache_append, attention, glu, route, experts, add, last_row)
+    for f in (
+        embed,
+        rms_norm,
+        linear,
+        head_linear,
+        rope,
+        concat,
+        cache_append,
+        attention,
+        glu,
+        route,
+        experts,
+        add,
+        last_row,
+    )
 }

@@ -140,7 +140,7 @@ def template(talk: Talk, argument: str) -> None:
     talk.screen.line(talk.session.template.source)
 
 
-@command("regen", help="answer the last message again")
+@command("regen", help="answer the last message again; a fixed seed gives the same answer")
 def regenerate(talk: Talk, argument: str) -> None:
     talk.answer(talk.session.regenerate)
 

@@ -1,0 +1,1 @@
+"""The cpu device: op tapes walked by a thread team, kernels emitted through Numba and llvmlite."""

@@ -5,17 +5,17 @@ Buffers end on whole 64-byte lines, so flat ops work in whole vectors and may wr
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-
-from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.arguments import At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.program import Op
 
 if TYPE_CHECKING:
-    from localmoe.kernels.cpu.lower import At, Lowering
+    from localmoe.kernels.cpu.lower import Lowering
 
 
 @kernel("embed", 3)
@@ -86,7 +86,8 @@ def add(v: Any) -> Any:
 
 @kernel("concat", 3)
 def concat(v: Any) -> Any:
-    """Arguments: control, rows, heads, out, then for each of two parts: address, token and head strides (bytes), width."""
+    """Arguments: control, rows, heads, out, then for each of two parts: address, token and head strides (bytes),
+    width."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -118,8 +119,6 @@ def last_row(v: Any) -> Any:
 
 
 def lower_embed(lowering: Lowering, op: Op) -> None:
-    from localmoe.kernels.cpu.lower import Function
-
     (ids,), (out,), (weight,) = op.inputs, op.outputs, op.weights
     place = (lowering.at(ids), lowering.at(out), lowering.address(weight))
     function = Function(f"dequantise_{weight.format.name.lower()}")
@@ -128,13 +127,15 @@ def lower_embed(lowering: Lowering, op: Op) -> None:
 
 def lower_glu(lowering: Lowering, op: Op) -> None:
     (gate, up), (out,) = op.inputs, op.outputs
-    place: tuple[At, ...] = (lowering.at(gate), lowering.at(up), lowering.at(out))
-    lowering.emit(f"glu_{op.attributes['kind']}", up, *place, up.shape[1], int(gate.shape != up.shape))
+    place: tuple[At, ...] = (lowering.side_by_side(gate), lowering.side_by_side(up), lowering.at(out))
+    width = prod(up.shape[1:])
+    lowering.emit(f"glu_{op.attributes['kind']}", up, *place, width, int(gate.shape != up.shape))
 
 
 def lower_add(lowering: Lowering, op: Op) -> None:
     (a, b), (out,) = op.inputs, op.outputs
-    lowering.emit("add", a, lowering.at(a), lowering.at(b), lowering.at(out), a.shape[1])
+    place = (lowering.side_by_side(a), lowering.side_by_side(b), lowering.at(out))
+    lowering.emit("add", a, *place, prod(a.shape[1:]))
 
 
 def lower_concat(lowering: Lowering, op: Op) -> None:
@@ -145,4 +146,4 @@ def lower_concat(lowering: Lowering, op: Op) -> None:
 
 def lower_last_row(lowering: Lowering, op: Op) -> None:
     (x,), (out,) = op.inputs, op.outputs
-    lowering.emit("last_row", out, lowering.at(x), lowering.at(out), x.shape[1])
+    lowering.emit("last_row", out, lowering.side_by_side(x), lowering.at(out), x.shape[1])

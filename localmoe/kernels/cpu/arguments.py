@@ -1,8 +1,27 @@
-"""How tape kernels read their argument block: int64 slots, the first two the control slots' address and a fixed row count."""
+"""Argument blocks of tape kernels: int64 slots, the first two the control slots' address and a fixed row count; what
+lowering puts into them, and how kernels read them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A place in the arena, in bytes; becomes an address when the tape is linked."""
+
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A kernel by name; becomes its address when the tape is linked."""
+
+    name: str
+
+
+Argument = int | float | At | Function
 
 
 def slots(v: Any) -> Any:

@@ -1,7 +1,7 @@
 """KV cache writes and causal attention on the cpu; the contracts are `ops.Cache.append` and `ops.Ops.attention`.
 
-Cache rows are padded with zeros to 16 elements, so that every row is whole vectors. One thread does a whole (token, head), in a
-fixed order: results do not depend on the number of threads.
+Cache rows are padded with zeros to 16 elements, so that every row is whole vectors. One thread does a whole (token,
+head), in a fixed order: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _cache_append(v: Any, element: int) -> Any:
 
 @kernel("cache_append_f16", 3)
 def cache_append_f16(v: Any) -> Any:
-    """Arguments: control, rows, heads, then two parts (keys, values) of: x, token and head strides (bytes), width, cache,
-    padded width; the number of parts; the context."""
+    """Arguments: control, rows, heads, then two parts (keys, values) of: x, token and head strides (bytes), width,
+    cache, padded width; the number of parts; the context."""
     return _cache_append(v, 2)
 
 
@@ -137,9 +137,9 @@ def _gather(v: Any, element: int, cached: Any) -> Any:
 
 @kernel("attention_f16", 3)
 def attention_f16(v: Any) -> Any:
-    """Arguments: control, rows, q, heads, key width, out, value width, kv-heads, keys, padded key width, values, padded value
-    width (row of the value cache), context, window, scale, query factors by position (0: none), scratch, its bytes a thread,
-    padded width of a value."""
+    """Arguments: control, rows, q, heads, key width, out, value width, kv-heads, keys, padded key width, values,
+    padded value width (row of the value cache), context, window, scale, query factors by position (0: none), scratch,
+    its bytes a thread, padded width of a value."""
     return _attention(v, 2)
 
 
@@ -180,7 +180,7 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
     lowering.emit(
         f"attention_f{8 * lowering.device.kv_type.itemsize}",
         q,
-        *(lowering.at(q), q.shape[1], q.shape[2], lowering.at(out), out.shape[2], layer.heads),
+        *(lowering.side_by_side(q), q.shape[1], q.shape[2], lowering.at(out), out.shape[2], layer.heads),
         *(keys.ctypes.data, keys.shape[2], value_rows.ctypes.data, value_rows.shape[2]),
         *(context, int(op.attributes["window"]), float(op.attributes["scale"]), factors),
         *(lowering.temporary(scratch_nbytes * lowering.threads), scratch_nbytes, value_padded),

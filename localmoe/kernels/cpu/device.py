@@ -10,19 +10,20 @@ from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering, padded
 from localmoe.kernels.cpu.team import Team, default_threads
-from localmoe.kernels.open import Progress
-from localmoe.kernels.program import CacheLayer, Floats, Program, RopeTable
+from localmoe.kernels.program import CacheLayer, Floats, Program, Progress, RopeTable
 
 ALIGNMENT = 64
 
 
 class CpuDevice:
-    """Owns the threads, the compiled kernels and the KV cache: per layer (K, S, d), d padded to 16 elements with zeros."""
+    """Owns the threads, the compiled kernels and the KV cache: per layer (K, S, d), d padded to 16 elements with
+    zeros."""
 
     name = "cpu"
 
     def __init__(self, context: int, kv_format: str, threads: int | None, progress: Progress | None = None) -> None:
-        """`threads` None takes every core this process may use. Raises SettingError for fewer than 1 or more than 256."""
+        """`threads` None takes every core this process may use. Raises SettingError for fewer than 1 or more than
+        256."""
         if threads is not None and not 1 <= threads <= 256:
             raise SettingError(f"{threads} threads are not possible; 1 to 256 are")
         self.context = context
@@ -61,7 +62,10 @@ class CpuDevice:
         if id(table) not in self._tables:
             from localmoe.kernels.reference import rope_angles
 
-            self._tables[id(table)] = (table, np.ascontiguousarray(np.stack(rope_angles(table, 0, self.context), axis=-1)))
+            self._tables[id(table)] = (
+                table,
+                np.ascontiguousarray(np.stack(rope_angles(table, 0, self.context), axis=-1)),
+            )
         return self._tables[id(table)][1]
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Routing and experts on the cpu; the contracts are `ops.Ops.route` and `ops.Ops.experts`.
 
-One token: its experts' rows are one parallel region. A chunk: tokens are sorted by expert, each expert's GEMM runs over its own
-tokens, and every token adds up its shares in the order of its ids, so that results do not depend on what else is in the chunk.
+One token: its experts' rows are one parallel region. A chunk: tokens are sorted by expert, each expert's GEMM runs
+over its own tokens, and every token adds up its shares in the order of its ids, so that results do not depend on what
+else is in the chunk.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localmoe.kernels.cpu import gemm
-from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.arguments import At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.linear import dequantise_kernel, gemv_kernel, quantised
 from localmoe.kernels.program import Op, Router, Tensor
 
 if TYPE_CHECKING:
-    from localmoe.kernels.cpu.lower import At, Lowering
+    from localmoe.kernels.cpu.lower import Lowering
 
 EXPERT_ROWS = 16 * gemm.STRIP_ROWS  # rows of one expert's weight that a thread takes at a time
 
 
 @kernel("route", 3)
 def route(v: Any) -> Any:
-    """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid, bias (0: none), groups, groups used, 1 for
-    top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread."""
+    """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid, bias (0: none), groups, groups
+    used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread."""
     slot, rows = slots(v), row_count(v)
     scores_of, mask_groups, best = _scores(v), _mask_groups(v), _best(v)
 
@@ -117,8 +118,9 @@ def _mask_groups(v: Any) -> Any:
 
 @kernel("experts_gemv", 3)
 def experts_gemv(v: Any) -> Any:
-    """One token: rows of its experts' weights. Arguments: control, rows, ids, used, count, then for each weight: matrix-vector
-    kernel, table of experts, row bytes, activations, their bytes from one expert to the next, out, columns, rows."""
+    """One token: rows of its experts' weights. Arguments: control, rows, ids, used, count, then for each weight:
+    matrix-vector kernel, table of experts, row bytes, activations, their bytes from one expert to the next, out,
+    columns, rows."""
     slot = slots(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -137,8 +139,9 @@ def experts_gemv(v: Any) -> Any:
 
 @kernel("experts_group", 3)
 def experts_group(v: Any) -> Any:
-    """Sort a chunk's choices by expert (the first thread alone). Arguments: control, rows, ids, used, experts, places (choice ->
-    row in the sorted order), starts (experts + 1 first rows), panel starts (likewise, in panels), counters to clear, how many."""
+    """Sort a chunk's choices by expert (the first thread alone). Arguments: control, rows, ids, used, experts, places
+    (choice -> row in the sorted order), starts (experts + 1 first rows), panel starts (likewise, in panels), counters
+    to clear, how many."""
     slot, rows = slots(v), row_count(v)
     wide = gemm.panel_tokens(v.isa)
 
@@ -172,7 +175,8 @@ def experts_group(v: Any) -> Any:
 
 @kernel("experts_gather", 3)
 def experts_gather(v: Any) -> Any:
-    """Copy each choice's row of x to its place. Arguments: control, rows, x, its row stride (bytes), used, places, out, columns."""
+    """Copy each choice's row of x to its place. Arguments: control, rows, x, its row stride (bytes), used, places,
+    out, columns."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -188,8 +192,8 @@ def experts_gather(v: Any) -> Any:
 
 @kernel("experts_pack", 3)
 def experts_pack(v: Any) -> Any:
-    """Each expert's rows into its panels. Arguments: control, rows, x (sorted), columns, starts, panel starts, experts, panels,
-    packing kernel, counter."""
+    """Each expert's rows into its panels. Arguments: control, rows, x (sorted), columns, starts, panel starts,
+    experts, panels, packing kernel, counter."""
     slot = slots(v)
     wide = gemm.panel_tokens(v.isa)
 
@@ -209,9 +213,9 @@ def experts_pack(v: Any) -> Any:
 
 @kernel("experts_gemm", 3)
 def experts_gemm(v: Any) -> Any:
-    """Each expert's weight times its packed rows; threads take (weight, expert, rows) as they come. Arguments: control, rows,
-    columns, starts, panel starts, experts, panels, GEMM kernel, scratch, its bytes a thread, counter, rows of a weight, count, then
-    for each weight: dequantise kernel, table of experts, row bytes, out (sorted rows)."""
+    """Each expert's weight times its packed rows; threads take (weight, expert, rows) as they come. Arguments:
+    control, rows, columns, starts, panel starts, experts, panels, GEMM kernel, scratch, its bytes a thread, counter,
+    rows of a weight, count, then for each weight: dequantise kernel, table of experts, row bytes, out (sorted rows)."""
     slot = slots(v)
     block = v.stack(8 * gemm.ARGUMENTS)
     wide = gemm.panel_tokens(v.isa)
@@ -244,8 +248,8 @@ def experts_gemm(v: Any) -> Any:
 
 @kernel("experts_combine", 3)
 def experts_combine(v: Any) -> Any:
-    """out = Σ share · y over a token's choices, in order. Arguments: control, rows, y, shares, used, places (0: choice order), out,
-    columns."""
+    """out = Σ share · y over a token's choices, in order. Arguments: control, rows, y, shares, used, places (0: choice
+    order), out, columns."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -269,7 +273,7 @@ def lower_route(lowering: Lowering, op: Op) -> None:
     count = logits.shape[1]
     bias = lowering.floats(op.weights[0]) if op.weights else 0
     nbytes = 4 * (2 * (-(-count // 16) * 16) + -(-max(r.groups, 16) // 16) * 16)
-    place = (lowering.at(logits), count, lowering.at(ids), lowering.at(shares), r.used, int(r.score == "sigmoid"), bias)
+    place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares), r.used, int(r.score == "sigmoid"), bias)
     groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
     lowering.emit("route", logits, *place, *groups, lowering.temporary(nbytes * lowering.threads), nbytes)
 
@@ -282,8 +286,6 @@ def lower_experts(lowering: Lowering, op: Op) -> None:
 
 
 def _lower_one(lowering: Lowering, op: Op) -> None:
-    from localmoe.kernels.cpu.lower import Function
-
     (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
     used, width = ids.shape[1], gate.rows
     opened = [lowering.scratch((used, width)) for _ in range(2)]
@@ -298,16 +300,14 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
     lowering.emit(f"glu_{op.attributes['kind']}", hidden, *flow, width, 0)
     name, kind = gemv_kernel(down)
-    place, stride, _ = quantised(lowering, hidden, kind)
-    last = (Function(name), lowering.addresses(down), down.row_nbytes, place, stride, lowering.at(closed))
+    closing, stride, _ = quantised(lowering, hidden, kind)
+    last = (Function(name), lowering.addresses(down), down.row_nbytes, closing, stride, lowering.at(closed))
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows)
     total = (lowering.at(closed), lowering.at(shares), used, 0, lowering.at(out), down.rows)
     lowering.emit("experts_combine", x, *total)
 
 
 def _lower_chunk(lowering: Lowering, op: Op) -> None:
-    from localmoe.kernels.cpu.lower import Function
-
     (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
     used, count, width = ids.shape[1], gate.shape[0], gate.rows
     choices, wide = x.shape[0] * used, gemm.panel_tokens(lowering.isa)

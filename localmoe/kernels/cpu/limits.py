@@ -1,4 +1,5 @@
-"""What this machine could reach: the rate of a plain read loop and of fused multiply-adds; the yardsticks of `localmoe bench`."""
+"""What this machine could reach: the rate of a plain read loop and of fused multiply-adds; the yardsticks of `localmoe
+bench`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ CHAINS = 10
 
 @kernel("limit_read", 3)
 def limit_read(v: Any) -> Any:
-    """Arguments: address, bytes, results (64 bytes a thread). Every byte is loaded once, with the prefetch of the weight kernels."""
+    """Arguments: address, bytes, results (64 bytes a thread). Every byte is loaded once, with the prefetch of the
+    weight kernels."""
     slot = slots(v)
     step = 8 * v.lanes  # elements: two vectors of 4 bytes, four times
 

@@ -1,7 +1,9 @@
-"""Matrix products on the cpu: one row by matrix-vector kernels, many rows by the float GEMM; contracts `linear` and `head_linear`.
+"""Matrix products on the cpu: one row by matrix-vector kernels, many rows by the float GEMM; contracts `linear` and
+`head_linear`.
 
-A single row is quantised to the form that its weights' kernels read; a chunk stays float32 and the weights are dequantised strip by
-strip. Threads share out the rows of a weight, each row's sum has one order: results do not depend on the number of threads.
+A single row is quantised to the form that its weights' kernels read; a chunk stays float32 and the weights are
+dequantised strip by strip. Threads share out the rows of a weight, each row's sum has one order: results do not depend
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 from localmoe.formats import Weight
 from localmoe.kernels.cpu import gemm, matmul, matmul_avx512  # noqa: F401  (registers the avx512 kernels)
 from localmoe.kernels.cpu.activations import QUANTISERS, activation_nbytes
-from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.program import Op, Tensor
 
 if TYPE_CHECKING:
-    from localmoe.kernels.cpu.lower import Argument, At, Lowering
+    from localmoe.kernels.cpu.lower import Lowering
 
 
 @kernel("quantise_rows", 3)
 def quantise_rows(v: Any) -> Any:
-    """Arguments: control, rows, x, token and head strides (bytes), heads, activations, bytes of a row of them, columns, quantiser."""
+    """Arguments: control, rows, x, token and head strides (bytes), heads, activations, bytes of a row of them,
+    columns, quantiser."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -36,8 +39,8 @@ def quantise_rows(v: Any) -> Any:
 
 @kernel("gemv_weights", 3)
 def gemv_weights(v: Any) -> Any:
-    """One row times several weights. Arguments: control, rows, count, then for each weight: matrix-vector kernel, weights, row
-    bytes, activations, out, columns, rows, bias (0: none)."""
+    """One row times several weights. Arguments: control, rows, count, then for each weight: matrix-vector kernel,
+    weights, row bytes, activations, out, columns, rows, bias (0: none)."""
     slot = slots(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -53,7 +56,8 @@ def gemv_weights(v: Any) -> Any:
 
 @kernel("pack_rows", 3)
 def pack_rows(v: Any) -> Any:
-    """Rows into panels for the GEMM. Arguments: control, rows, x, its row stride (bytes), columns, panels, packing kernel."""
+    """Rows into panels for the GEMM. Arguments: control, rows, x, its row stride (bytes), columns, panels, packing
+    kernel."""
     slot, rows = slots(v), row_count(v)
     wide = gemm.panel_tokens(v.isa)
 
@@ -70,8 +74,8 @@ def pack_rows(v: Any) -> Any:
 
 @kernel("gemm_weights", 3)
 def gemm_weights(v: Any) -> Any:
-    """Packed rows times several weights. Arguments: control, rows, count, GEMM kernel, panels, columns, scratch, its bytes a
-    thread, then for each weight: dequantise kernel, weights, row bytes, out, rows, bias (0: none)."""
+    """Packed rows times several weights. Arguments: control, rows, count, GEMM kernel, panels, columns, scratch, its
+    bytes a thread, then for each weight: dequantise kernel, weights, row bytes, out, rows, bias (0: none)."""
     slot, rows = slots(v), row_count(v)
     block = v.stack(8 * gemm.ARGUMENTS)
     strip = gemm.STRIP_ROWS
@@ -107,8 +111,8 @@ def gemm_weights(v: Any) -> Any:
 
 @kernel("gemv_heads", 3)
 def gemv_heads(v: Any) -> Any:
-    """Each head's row times its matrix. Arguments: control, rows, heads, matrix-vector kernel, table of matrices, row bytes,
-    activations, their token and head strides (bytes), out, columns, rows of a matrix."""
+    """Each head's row times its matrix. Arguments: control, rows, heads, matrix-vector kernel, table of matrices, row
+    bytes, activations, their token and head strides (bytes), out, columns, rows of a matrix."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -125,9 +129,9 @@ def gemv_heads(v: Any) -> Any:
 
 @kernel("gemv_heads_transposed", 3)
 def gemv_heads_transposed(v: Any) -> Any:
-    """Each head's row times its matrix transposed: rows are dequantised one by one and added up. Arguments: control, rows, heads,
-    dequantise kernel, table of matrices, row bytes, x, token and head strides (bytes), out, columns, rows of a matrix, scratch,
-    its bytes a thread."""
+    """Each head's row times its matrix transposed: rows are dequantised one by one and added up. Arguments: control,
+    rows, heads, dequantise kernel, table of matrices, row bytes, x, token and head strides (bytes), out, columns, rows
+    of a matrix, scratch, its bytes a thread."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -159,9 +163,8 @@ def dequantise_kernel(weight: Weight) -> str:
 
 
 def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
-    """Where the activations of x stand in the form `kind`, with their token and head strides in bytes; x itself for f32."""
-    from localmoe.kernels.cpu.lower import Function
-
+    """Where the activations of x stand in the form `kind`, with their token and head strides in bytes; x itself for
+    f32."""
     heads, head_stride = (x.shape[1], 4 * x.strides[1]) if len(x.shape) == 3 else (1, 0)
     if kind == "f32":
         return lowering.at(x), 4 * x.strides[0], head_stride
@@ -175,8 +178,6 @@ def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
 
 def packed(lowering: Lowering, x: Tensor) -> At:
     """Room for the panels of x (T, K), and the op that fills it."""
-    from localmoe.kernels.cpu.lower import Function
-
     wide = gemm.panel_tokens(lowering.isa)
     tokens = -(-x.shape[0] // wide) * wide
     panels = lowering.temporary(4 * tokens * x.shape[1])
@@ -185,8 +186,6 @@ def packed(lowering: Lowering, x: Tensor) -> At:
 
 
 def lower_linear(lowering: Lowering, op: Op) -> None:
-    from localmoe.kernels.cpu.lower import Function
-
     (x,), flags = op.inputs, op.attributes["biased"]
     biases = iter(op.weights[len(flags) :])
     shift = [lowering.floats(next(biases)) if biased else 0 for biased in flags]
@@ -194,7 +193,9 @@ def lower_linear(lowering: Lowering, op: Op) -> None:
     inexact = op.attributes["exact"] and any(gemv_kernel(w)[1] != "f32" for w, _, _ in pairs)
     arguments: list[Argument] = []
     if x.shape[0] == 1 and not inexact:
-        forms = {kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w)[1] for w, _, _ in pairs)}
+        forms = {
+            kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w)[1] for w, _, _ in pairs)
+        }
         for weight, out, bias in pairs:
             name, kind = gemv_kernel(weight)
             place = (Function(name), lowering.address(weight), weight.row_nbytes, forms[kind], lowering.at(out))
@@ -211,8 +212,6 @@ def lower_linear(lowering: Lowering, op: Op) -> None:
 
 
 def lower_head_linear(lowering: Lowering, op: Op) -> None:
-    from localmoe.kernels.cpu.lower import Function
-
     (x,), (out,), (weight,) = op.inputs, op.outputs, op.weights
     heads, table = x.shape[1], lowering.addresses(weight)
     if op.attributes["transposed"]:

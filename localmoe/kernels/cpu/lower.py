@@ -1,6 +1,7 @@
 """Lowering: each op of a Program to tape entries, each buffer to a place in the arena; knows kernels by name only.
 
-Every argument block begins with the address of the control slots (tokens, position) and a fixed row count (0: as many as tokens).
+Every argument block begins with the address of the control slots (tokens, position) and a fixed row count (0: as many
+as tokens).
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from localmoe.formats import Weight
 from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope
+from localmoe.kernels.cpu.arguments import Argument, At, Function
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
 
 if TYPE_CHECKING:
@@ -25,21 +27,6 @@ CONTROL_SLOTS = 8
 LINE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class At:
-    """A place in the arena, in bytes; becomes an address when the tape is linked."""
-
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """A kernel by name; becomes its address when the tape is linked."""
-
-    name: str
-
-
-Argument = int | float | At | Function
 ADDRESS_OF_CONTROL = At(-1)
 
 
@@ -111,6 +98,16 @@ class Lowering:
     def at(self, tensor: Tensor) -> At:
         """Where a tensor (or view) begins."""
         return At(self._places[tensor.buffer] + 4 * tensor.offset)
+
+    def side_by_side(self, tensor: Tensor) -> At:
+        """Where the elements of a tensor stand without gaps: where it is, or a copy for the current op when it is a view."""
+        if tensor.strides == contiguous(tensor.shape):
+            return self.at(tensor)
+        copy = self.scratch(tensor.shape)
+        heads, head_stride = (tensor.shape[1], 4 * tensor.strides[1]) if len(tensor.shape) == 3 else (1, 0)
+        source = (self.at(tensor), 4 * tensor.strides[0], head_stride, tensor.shape[-1])
+        self.emit("concat", tensor, heads, self.at(copy), *source, 0, 0, 0, 0)
+        return self.at(copy)
 
     def offset(self, tensor: Tensor) -> int:
         return self._places[tensor.buffer]

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @kernel("rope", 3)
 def rope(v: Any) -> Any:
-    """Arguments: control, rows, x, token and head strides (bytes), out, heads, width, table, n, step and partner of a pair."""
+    """Arguments: control, rows, x, token and head strides (bytes), out, heads, width, table, n, step and partner of a
+    pair."""
     slot, rows, position = slots(v), row_count(v), step_position(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]

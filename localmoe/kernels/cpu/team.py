@@ -1,14 +1,17 @@
 """The thread team and the loop each of its threads runs: op after op of a tape, with a barrier between; knows no op.
 
-A tape entry is (kernel address, argument block address). The barrier spins, then sleeps on a futex (Linux) or yields: pure spinning
-falls to 40 µs an op when a core is shared, 0.3 µs otherwise.
+A tape entry is (kernel address, argument block address). The barrier spins, then sleeps on a futex (Linux) or yields:
+pure spinning falls to 40 µs an op when a core is shared, 0.3 µs otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import threading
+from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +58,8 @@ def run_tape(v: Any) -> Any:
 
 
 def futex(v: Any) -> tuple[Any, Any]:
-    """`sleep(address, generation)` and `wake(address)` in a kernel: Linux futex system calls; elsewhere sleeping is a pause."""
+    """`sleep(address, generation)` and `wake(address)` in a kernel: Linux futex system calls; elsewhere sleeping is a
+    pause."""
     from localmoe.kernels.cpu.vector_system import linux_system_call
 
     call = linux_system_call()
@@ -73,7 +77,8 @@ def futex(v: Any) -> tuple[Any, Any]:
 
 
 def denormal_mode(v: Any) -> tuple[Any, Any]:
-    """`mode()` and `set_mode(mode)` in a kernel: how this thread treats subnormal numbers (x86; elsewhere 0 and nothing)."""
+    """`mode()` and `set_mode(mode)` in a kernel: how this thread treats subnormal numbers (x86; elsewhere 0 and
+    nothing)."""
     from localmoe.kernels.cpu.vector_system import denormal_mode
 
     return denormal_mode()
@@ -89,22 +94,25 @@ class Team:
 
     def __init__(self, threads: int, walk_address: int) -> None:
         self.threads = threads
-        self._walk = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(walk_address)  # a call through ctypes lets go of the GIL
+        self._walk = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(
+            walk_address
+        )  # a call through ctypes lets go of the GIL
         self._memory = np.zeros(4 * _LINE, np.uint8)
         self._sync = self._memory.ctypes.data + (-self._memory.ctypes.data % _LINE)
         self._job = (0, 0)
         self._closed = False
-        self._gates = [threading.Semaphore(0) for _ in range(threads - 1)]
+        self._gates = [threading.Lock() for _ in range(threads - 1)]  # held by its worker; the caller releases it
         self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(threads - 1)]
-        for worker in self._workers:
+        for gate, worker in zip(self._gates, self._workers, strict=True):
+            gate.acquire()
             worker.start()
 
     def run(self, tape: int, entries: int) -> None:
         """Run a tape with all threads; returns when every one has passed the last barrier's arrival."""
         self._job = (tape, entries)
-        for gate in self._gates:
-            gate.release()
-        self._walk(tape, entries, self._sync, SPINS, 0, self.threads)
+        walk = partial(self._walk, tape, entries, self._sync, SPINS, 0, self.threads)
+        # One call from the interpreter's view: a KeyboardInterrupt cannot leave some threads at the barrier without the others.
+        deque(map(operator.call, (*(gate.release for gate in self._gates), walk)), maxlen=0)
 
     def close(self) -> None:
         self._closed = True

@@ -214,10 +214,20 @@ def _pair_sums(b: ir.IRBuilder, x: ir.Value, y: ir.Value, of: ir.Type) -> ir.Val
     return b.add(even, odd)
 
 
+def _by_halves(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value, operation: Any) -> ir.Value:
+    """An operation on vectors twice as wide as the processor's, half by half."""
+    count = x.type.count
+    parts = [list(range(i, i + count // 2)) for i in (0, count // 2)]
+    low, high = (operation(b, isa, shuffled(b, x, x, part), shuffled(b, y, y, part)) for part in parts)
+    return shuffled(b, low, high, list(range(2 * low.type.count)))
+
+
 def _word_pairs(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value) -> ir.Value:
     """i16 × i16, neighbours added, as i32."""
     lanes = x.type.count // 2
     words = ir.VectorType(I32, lanes)
+    if isa.name == "avx2" and lanes == 16:
+        return _by_halves(b, isa, x, y, _word_pairs)
     if isa.name != "portable" and lanes >= 4:
         name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[lanes]
         return call(b, f"llvm.x86.{name}", words, x, y)
@@ -229,6 +239,8 @@ def _byte_pairs(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value) -> ir.Value
     """u8 × i8, neighbours added, as i16; the sums must fit, as one instruction saturates and the other form wraps."""
     lanes = x.type.count // 2
     shorts = ir.VectorType(I16, lanes)
+    if isa.name == "avx2" and lanes == 32:
+        return _by_halves(b, isa, x, y, _byte_pairs)
     if isa.name != "portable" and lanes >= 8:
         name = {8: "ssse3.pmadd.ub.sw.128", 16: "avx2.pmadd.ub.sw", 32: "avx512.pmaddubs.w.512"}[lanes]
         return call(b, f"llvm.x86.{name}", shorts, x, y)

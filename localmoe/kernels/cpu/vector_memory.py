@@ -180,7 +180,10 @@ def _static() -> dict[str, Any]:
         return address_of_table
 
     def stack(nbytes: int) -> Any:
-        """v.stack(n) in the factory, `address = name()` in the kernel: n bytes of its own stack, aligned to 64."""
+        """v.stack(n) in the factory, `address = name()` in the kernel: n zero bytes of its own stack, aligned to 64.
+
+        Each mention of `name()` is memory of its own: call it once and keep the address.
+        """
 
         @operation
         def address_on_stack() -> Defined:

@@ -21,8 +21,8 @@ _ARM = (98, "svc #0", "={x0},{x8},{x0},{x1},{x2},{x3},{x4},{x5},~{memory}")
 
 
 def linux_system_call() -> Any:
-    """`call(address, operation, value)`: the futex system call, or None where there is none. Written as assembly, so that a
-    kernel needs no symbol of the C library."""
+    """`call(address, operation, value)`: the futex system call, or None where there is none. Written as assembly, so
+    that a kernel needs no symbol of the C library."""
     machine = platform.machine().lower()
     if sys.platform != "linux" or not (is_x86() or machine == "aarch64"):
         return None

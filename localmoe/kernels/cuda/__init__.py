@@ -1,0 +1,1 @@
+"""The place of the cuda device; there is none yet."""

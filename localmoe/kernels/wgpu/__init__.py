@@ -1,0 +1,1 @@
+"""The place of the wgpu device; there is none yet."""
