@@ -2,8 +2,8 @@
 
     python bench/gemv.py [--isa avx512] [--threads 1 2] [--megabytes 512] [--rounds 5] [--only Q8_0 Q4_K]
 
-Reading and multiplying alternate, so that both meet the same weather; the best round of each counts. Rows are shared out
-evenly.
+Reading and multiplying alternate, so that both meet the same weather; the best round of each counts. Rows are shared
+out evenly.
 """
 
 from __future__ import annotations

@@ -32,12 +32,18 @@ class TextDecoder(Protocol):
 
 
 class CausalModel(Protocol):
-    """What the engine asks of a model: `forward` runs 1 to `chunk` tokens at cache positions position…."""
+    """What the engine asks of a model.
+
+    `forward` runs 1 to `chunk` tokens at cache positions position…; `cached` is what stands in the cache, kept true by
+    `forward` itself, whoever calls it and whatever interrupts it.
+    """
 
     @property
     def context(self) -> int: ...
     @property
     def chunk(self) -> int: ...
+    @property
+    def cached(self) -> list[int]: ...
     @property
     def tokenizer(self) -> TextDecoder: ...
     def forward(self, tokens: Sequence[int], position: int) -> npt.NDArray[np.float32]: ...
@@ -67,14 +73,10 @@ class Stats:
 
 
 class Engine:
-    """Generates with one model. `cached` holds the tokens whose keys and values were computed, whatever interrupted it.
-
-    One model has one KV cache: never drive it through two engines.
-    """
+    """Generates with one model. What stands in the KV cache is the model's to know: several engines may share it."""
 
     def __init__(self, model: CausalModel) -> None:
         self.model = model
-        self.cached: list[int] = []
         self.stats = Stats()
 
     def generate(
@@ -92,10 +94,10 @@ class Engine:
         prompt = list(tokens)
         self._check(prompt)
         stop = self.model.tokenizer.stop if stop is None else stop
-        # The last prompt token always runs again: its logits are not kept.
-        reused = min(common_prefix(self.cached, prompt), len(prompt) - 1)
-        self.stats = stats = Stats(prompt_tokens=len(prompt), reused_tokens=reused)
-        logits = self._prefill(prompt, progress)
+        self.stats = stats = Stats(prompt_tokens=len(prompt), reused_tokens=self._reusable(prompt))
+        start = perf_counter()
+        logits = self._run(prompt, progress)
+        stats.prefill_seconds = perf_counter() - start
 
         sampler = Sampler(settings, prompt)
         stream = self._stream(prompt)
@@ -112,7 +114,8 @@ class Engine:
             if finish:
                 return
             start = perf_counter()
-            logits = self._run([token], len(self.cached))
+            prompt.append(token)
+            logits = self._run(prompt)
             stats.decode_seconds += perf_counter() - start
 
     def _check(self, prompt: list[int]) -> None:
@@ -129,25 +132,22 @@ class Engine:
         tokenizer = self.model.tokenizer
         return tokenizer.stream(continues=not all(map(tokenizer.is_special, prompt)))
 
-    def _prefill(self, prompt: list[int], progress: Progress | None) -> npt.NDArray[np.float32]:
-        """Runs what the cache lacks of the prompt, chunk by chunk; returns the last chunk's logits, (1, V)."""
-        first, chunk = self.stats.reused_tokens, self.model.chunk
-        total = len(prompt) - first
-        start = perf_counter()
-        for position in range(first, len(prompt), chunk):
-            if progress:
-                progress(position - first, total)
-            logits = self._run(prompt[position : position + chunk], position)
-            self.stats.prefill_seconds = perf_counter() - start
-        if progress:
-            progress(total, total)
-        return logits
+    def _reusable(self, tokens: list[int]) -> int:
+        """How many leading tokens need not run; the last one always does, since its logits are not kept."""
+        return min(common_prefix(self.model.cached, tokens), len(tokens) - 1)
 
-    def _run(self, tokens: list[int], position: int) -> npt.NDArray[np.float32]:
-        # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
-        del self.cached[position:]
-        logits = self.model.forward(tokens, position)
-        self.cached.extend(tokens)
+    def _run(self, tokens: list[int], progress: Progress | None = None) -> npt.NDArray[np.float32]:
+        """Runs what the cache lacks of `tokens`, chunk by chunk; returns the logits of the last one, (1, V).
+
+        In decoding that is one token, unless someone else used the model since.
+        """
+        first, chunk = self._reusable(tokens), self.model.chunk
+        for position in range(first, len(tokens), chunk):
+            if progress:
+                progress(position - first, len(tokens) - first)
+            logits = self.model.forward(tokens[position : position + chunk], position)
+        if progress:
+            progress(len(tokens) - first, len(tokens) - first)
         return logits
 
     def _finish(self, token: int, stop: Collection[int], settings: SamplingSettings) -> Finish | None:
@@ -155,11 +155,13 @@ class Engine:
             return "stop"
         if self.stats.generated_tokens == settings.max_tokens:
             return "length"
-        return "context" if len(self.cached) >= self.model.context else None
+        return "context" if self.stats.prompt_tokens + self.stats.generated_tokens > self.model.context else None
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens two lists share."""
+    if a == b[: len(a)]:  # the usual case, at C's speed
+        return len(a)
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

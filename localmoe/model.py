@@ -91,6 +91,7 @@ class Model:
         self.device: Device = open_device(
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
+        self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._plan(1, all_rows=False)
 
@@ -144,10 +145,11 @@ class Model:
         return recommended(self.metadata)
 
     def forward(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> Floats:
-        """1 to `chunk` tokens at cache positions position… -> logits of the last (1, V), or of all (T, V).
+        """Run tokens at cache positions position… -> logits of the last (1, V), or of all (T, V).
 
         Raises DeviceError beyond the context, SettingError for ids outside the vocabulary.
         """
+        assert position <= len(self.cached), "a hole in the cache"
         ids = np.asarray(tokens, np.int64)
         vocabulary = self.network.config.vocabulary
         if ids.size == 0 or ids.min() < 0 or ids.max() >= vocabulary:
@@ -156,12 +158,16 @@ class Model:
             raise DeviceError(
                 f"{position + ids.size} tokens do not fit the context of {self.context}; open with a larger context"
             )
-        if not all_logits:
-            return self._plan(1 if ids.size == 1 else self.chunk, all_rows=False).run(ids.astype(np.int32), position)
-        step = min(SCORE_CHUNK, self.context)
-        plan = self._plan(step, all_rows=True)
-        pieces = (ids[i : i + step] for i in range(0, ids.size, step))
-        return np.concatenate([plan.run(p.astype(np.int32), position + i * step) for i, p in enumerate(pieces)])
+        # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
+        del self.cached[position:]
+        step = min(SCORE_CHUNK, self.context) if all_logits else self.chunk
+        pieces = []
+        for start in range(0, ids.size, step):
+            piece = ids[start : start + step].astype(np.int32)
+            plan = self._plan(1 if piece.size == 1 and not all_logits else step, all_rows=all_logits)
+            pieces.append(plan.run(piece, position + start))
+            self.cached.extend(piece.tolist())
+        return np.concatenate(pieces) if all_logits else pieces[-1]
 
     def close(self) -> None:
         """Stop the device's threads and free the cache."""

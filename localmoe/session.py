@@ -115,7 +115,7 @@ class ReasoningSplitter:
 
 
 class Session:
-    """A conversation with one model. Its `engine` must be the model's only one: give it when there is one already."""
+    """A conversation with one model; several may take turns on one."""
 
     def __init__(
         self,
@@ -123,7 +123,6 @@ class Session:
         template: ChatTemplate | None = None,
         settings: SamplingSettings | None = None,
         system: str | None = None,
-        engine: Engine | None = None,
     ) -> None:
         """`template` defaults to the model's own, `settings` to what it recommends; TemplateError without any."""
         own = template or model.template
@@ -137,7 +136,7 @@ class Session:
         self.settings = settings or SamplingSettings().changed(**model.recommended)
         self.system = system
         self.messages: list[Message] = []
-        self.engine = engine or Engine(model)
+        self.engine = Engine(model)
         self.finish: Finish | None = None
         self._spoken: Spoken | None = None
 
@@ -176,7 +175,7 @@ class Session:
     @property
     def used_tokens(self) -> int:
         """Tokens of the conversation that stand in the KV cache."""
-        return len(self.engine.cached)
+        return len(self.model.cached)
 
     def prompt(self) -> Spoken:
         """The conversation as the template renders it and as token ids, ready for an answer.

@@ -80,7 +80,7 @@ class PlainTemplate:
 class FakeModel:
     """Spells `replies[last user message]` byte by byte and then `<|end|>`; a reply may also be given as token ids.
 
-    `cache` is what the KV cache would hold, `calls` the (position, tokens) of each forward; `before_call` runs first
+    `cached` is what the KV cache would hold, `calls` the (position, tokens) of each forward; `before_call` runs first
     in each.
     """
 
@@ -96,18 +96,19 @@ class FakeModel:
         self.reasoning: tuple[str, str] | None = None
         self.recommended: dict[str, float | int] = {"temperature": 0}
         self.metadata: dict[str, Any] = {}
-        self.cache: list[int] = []
+        self.cached: list[int] = []
         self.calls: list[tuple[int, list[int]]] = []
         self.before_call: Callable[[], None] = lambda: None
         self.closed = False
 
     def forward(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> np.ndarray:
         assert 1 <= len(tokens) <= self.chunk, "a step of the wrong length"
-        assert position <= len(self.cache), "a hole in the cache"
+        assert position <= len(self.cached), "a hole in the cache"
         assert position + len(tokens) <= self.context, "beyond the context"
         self.calls.append((position, list(tokens)))
+        del self.cached[position:]
         self.before_call()
-        self.cache[position:] = tokens
+        self.cached.extend(tokens)
         logits = np.zeros((1, VOCABULARY), np.float32)
         logits[0, self._next()] = 20
         return logits
@@ -116,12 +117,12 @@ class FakeModel:
         self.closed = True
 
     def _next(self) -> int:
-        if ASSISTANT not in self.cache:
+        if ASSISTANT not in self.cached:
             return ord("?")
-        start = len(self.cache) - self.cache[::-1].index(ASSISTANT)
-        question = self.tokenizer.decode(self.cache[:start], special=False)
+        start = len(self.cached) - self.cached[::-1].index(ASSISTANT)
+        question = self.tokenizer.decode(self.cached[:start], special=False)
         last = next((key for key in self.replies if question.endswith(key)), "")
         reply = self.replies.get(last, "?")
         target = [*(reply.encode() if isinstance(reply, str) else reply), END]
-        spelt = len(self.cache) - start
+        spelt = len(self.cached) - start
         return target[spelt] if spelt < len(target) else END

@@ -221,7 +221,7 @@ def test_ctrl_c_in_mid_answer_keeps_the_part_and_the_next_prompt_works() -> None
     model = FakeModel(REPLIES)
 
     def press() -> None:
-        if model.cache[-2:] == [*b"tw"]:
+        if model.cached[-2:] == [*b"tw"]:
             signal.raise_signal(signal.SIGINT)
 
     model.before_call = press

@@ -57,7 +57,7 @@ def test_the_next_turn_runs_only_its_own_tokens() -> None:
     model = FakeModel({"hello": "Hi.", "bye": "Bye."})
     session = Session(model)
     say(session, "hello")
-    ran = len(session.engine.cached)
+    ran = len(session.model.cached)
     say(session, "bye")
     assert session.engine.stats.reused_tokens == ran
     assert session.engine.stats.prompt_tokens - ran == 7, "<|end|> <|user|> b y e <|end|> <|assistant|>"
@@ -67,11 +67,11 @@ def test_the_models_own_cut_of_an_answer_is_kept_for_the_next_turn() -> None:
     model = FakeModel({"q": "cab", "more": "ok"})
     session = Session(model)
     say(session, "q")
-    assert model.cache[-3:] == [*b"cab"], "the model spelt a, b where the encoder writes one token"
-    ran = len(session.engine.cached)
+    assert model.cached[-3:] == [*b"cab"], "the model spelt a, b where the encoder writes one token"
+    ran = len(session.model.cached)
     say(session, "more")
     assert session.engine.stats.reused_tokens == ran
-    assert PAIR not in model.cache
+    assert PAIR not in model.cached
 
 
 def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> None:
@@ -88,7 +88,7 @@ def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> Non
     say(session, "q")
     say(session, "more")
     assert session.messages[-1]["content"] == "ok"
-    assert bytes(t for t in model.cache if t < 256) == b"qCABmoreok"
+    assert bytes(t for t in model.cached if t < 256) == b"qCABmoreok"
 
 
 def test_text_after_an_answer_that_starts_without_a_special_token_is_tokenised_with_what_stands_before() -> None:
@@ -103,7 +103,7 @@ def test_text_after_an_answer_that_starts_without_a_special_token_is_tokenised_w
     session = Session(model)
     say(session, "q")
     say(session, "b")
-    assert PAIR in model.cache, "a of the answer and b of the next message are one token"
+    assert PAIR in model.cached, "a of the answer and b of the next message are one token"
 
 
 def test_leaving_an_answer_early_keeps_what_was_said() -> None:
@@ -130,7 +130,7 @@ def test_an_answer_cut_inside_a_character_keeps_whole_characters_only() -> None:
         say(session, "q")
     assert session.messages[-1]["content"] == "a"
     assert say(session, "more") == "ok"
-    assert 0xC3 not in session.engine.cached
+    assert 0xC3 not in session.model.cached
 
 
 def test_a_question_whose_answer_never_began_is_taken_back() -> None:

@@ -273,9 +273,10 @@ def lower_route(lowering: Lowering, op: Op) -> None:
     count = logits.shape[1]
     bias = lowering.floats(op.weights[0]) if op.weights else 0
     nbytes = 4 * (2 * (-(-count // 16) * 16) + -(-max(r.groups, 16) // 16) * 16)
-    place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares), r.used, int(r.score == "sigmoid"), bias)
+    place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares))
+    choice = (r.used, int(r.score == "sigmoid"), bias)
     groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
-    lowering.emit("route", logits, *place, *groups, lowering.temporary(nbytes * lowering.threads), nbytes)
+    lowering.emit("route", logits, *place, *choice, *groups, lowering.temporary(nbytes * lowering.threads), nbytes)
 
 
 def lower_experts(lowering: Lowering, op: Op) -> None:
@@ -296,11 +297,11 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
         place = (Function(name), lowering.addresses(weight), weight.row_nbytes, forms[kind], 0, lowering.at(target))
         arguments += [*place, weight.columns, weight.rows]
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 2, *arguments)
-    hidden, closed = lowering.scratch((used, width)), lowering.scratch((used, down.rows))
+    hidden, closed = lowering.scratch((1, used * width)).heads(used), lowering.scratch((used, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
-    lowering.emit(f"glu_{op.attributes['kind']}", hidden, *flow, width, 0)
+    lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)
     name, kind = gemv_kernel(down)
-    closing, stride, _ = quantised(lowering, hidden, kind)
+    closing, _, stride = quantised(lowering, hidden, kind)
     last = (Function(name), lowering.addresses(down), down.row_nbytes, closing, stride, lowering.at(closed))
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows)
     total = (lowering.at(closed), lowering.at(shares), used, 0, lowering.at(out), down.rows)
