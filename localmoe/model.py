@@ -93,7 +93,8 @@ class Model:
         )
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._plans: dict[tuple[int, bool], Plan] = {}
-        self._plan(1, all_rows=False)
+        for tokens in (1, self.chunk):  # compiled now, under the progress bar, and not when the first answer is awaited
+            self._plan(tokens, all_rows=False)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

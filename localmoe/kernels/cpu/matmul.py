@@ -33,6 +33,9 @@ FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
+# Into the second level, as float activations fill half of the first; two rows at once (fewer loads of them) were slower.
+_FLOATS_AHEAD = 1024
+
 
 def gemv_kernel(format: Format) -> tuple[str, str]:
     """The kernel that multiplies rows of `format`, and the kind of activations it reads.
@@ -66,12 +69,12 @@ def _float_gemv(v: Any, load: Any, nbytes: int) -> Callable[..., None]:
             for k in range(0, fours, 4 * lanes):
                 p = w + k * nbytes
                 x = activations + k * 4
-                v.prefetch(p + PREFETCH)
+                v.prefetch_second(p + _FLOATS_AHEAD)
                 if 4 * lanes * nbytes > 64:
-                    v.prefetch(p + PREFETCH + 64)
+                    v.prefetch_second(p + _FLOATS_AHEAD + 64)
                 if 4 * lanes * nbytes > 128:
-                    v.prefetch(p + PREFETCH + 128)
-                    v.prefetch(p + PREFETCH + 192)
+                    v.prefetch_second(p + _FLOATS_AHEAD + 128)
+                    v.prefetch_second(p + _FLOATS_AHEAD + 192)
                 a = v.fma(load(v.f32, p), v.load(v.f32, x), a)
                 b = v.fma(load(v.f32, p + lanes * nbytes), v.load(v.f32, x + lanes * 4), b)
                 c = v.fma(load(v.f32, p + 2 * lanes * nbytes), v.load(v.f32, x + lanes * 8), c)

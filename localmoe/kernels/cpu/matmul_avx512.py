@@ -28,7 +28,10 @@ def _pair_scales(v: Any) -> Any:
 
 
 def _block32_gemv(v: Any, nbytes: int, load_pair: Any, load_one: Any, offset: int) -> Callable[..., None]:
-    """Blocks of a float16 scale and 32 values stored with `offset` added, which the loaders bring as unsigned bytes."""
+    """Blocks of a float16 scale and 32 values stored with `offset` added, which the loaders bring as unsigned bytes.
+
+    Two rows at once, sharing what the activations decide, gained 10 % in the cache and lost half the speed of memory.
+    """
     scales_of = _pair_scales(v)
     offsets, offsets_one = v.constants(v.u8x64, offset), v.constants(v.u8x32, offset)
 

@@ -101,17 +101,20 @@ def _plain() -> dict[str, Any]:
 
         return types.void, lowered
 
-    @operation
-    def prefetch(address: types.Type) -> Defined:
-        """v.prefetch(address): ask for a cache line; any address is allowed."""
+    def prefetch_into(locality: int) -> Any:
+        @operation
+        def prefetch(address: types.Type) -> Defined:
+            def lowered(b: ir.IRBuilder, a: ir.Value) -> ir.Value:
+                call(b, "llvm.prefetch.p0", ir.VoidType(), pointer(b, a, I8), I32(0), I32(locality), I32(1))
+                return ir.Constant(I8.as_pointer(), None)
 
-        def lowered(b: ir.IRBuilder, a: ir.Value) -> ir.Value:
-            call(b, "llvm.prefetch.p0", ir.VoidType(), pointer(b, a, I8), I32(0), I32(3), I32(1))
-            return ir.Constant(I8.as_pointer(), None)
+            return types.void, lowered
 
-        return types.void, lowered
+        return prefetch
 
-    return {"load": load, "store": store, "prefetch": prefetch}
+    # v.prefetch(address) and v.prefetch_second(address): a cache line into the first or the second level; any address will do.
+    prefetches = {"prefetch": prefetch_into(3), "prefetch_second": prefetch_into(2)}
+    return {"load": load, "store": store, **prefetches}
 
 
 def _converting(isa: Isa) -> dict[str, Any]:
