@@ -59,7 +59,7 @@ def _measured(model: Model, tokens: int, kind: str, repeat: int, progress: Progr
     limits = Limits(model.device)
     program = model.network.program(1)
     ids = np.random.default_rng(0).integers(0, model.network.config.vocabulary, tokens)
-    rates, shares, found = [], [], 0.0
+    rates, shares, found, work = [], [], 0.0, 0.0
     for turn in range(repeat + 1):
         if progress:
             progress(f"{kind}{tokens}", turn, repeat + 1)

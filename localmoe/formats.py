@@ -1,7 +1,7 @@
 """Block formats of GGML tensors and the `Weight` record; knows sizes only, not how to decode a block.
 
-Source of the table: the GGUF specification and ggml.h's `ggml_type` (ids), ggml-common.h (block sizes); checked in tests
-against the `gguf` package.
+Source of the table: the GGUF specification and ggml.h's `ggml_type` (ids), ggml-common.h (block sizes); checked in
+tests against the `gguf` package.
 """
 
 from __future__ import annotations

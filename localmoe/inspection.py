@@ -23,7 +23,7 @@ def report(path: str | Path, context: int | None = None) -> list[Section]:
     source, program = network.source, network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
     return [
-        ("model", _model(network, context)),
+        ("model", _model(network)),
         ("parameters", _parameters(source, routed)),
         ("formats", _formats(source)),
         ("memory", _memory(network, program, routed, context or min(network.trained_context, DEFAULT_CONTEXT))),
@@ -49,7 +49,7 @@ def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ..
     return header, rows
 
 
-def _model(network: Network, context: int | None) -> list[tuple[str, str]]:
+def _model(network: Network) -> list[tuple[str, str]]:
     source = network.source
     rows = [
         ("file", str(source.path)),
@@ -71,7 +71,8 @@ def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:
     rows = [("total", _count(total)), ("active per token", _count(total - asleep))]
     if routed:
         chosen, experts = routed[0].inputs[1].shape[1], routed[0].weights[0].shape[0]
-        rows.append(("experts", f"{chosen} of {experts} in {len(routed)} layers"))
+        layers = "1 layer" if len(routed) == 1 else f"{len(routed)} layers"
+        rows.append(("experts", f"{chosen} of {experts} in {layers}"))
     return rows
 
 
@@ -97,7 +98,8 @@ def _memory(network: Network, program: Program, routed: list[Op], context: int) 
     elif needed <= total_nbytes():
         verdict = f"only when other programs end: {readable_size(needed)} needed, {readable_size(free)} free"
     else:
-        verdict = f"no: {readable_size(needed)} needed, {readable_size(total_nbytes())} in all; weights are read from disk again and again"
+        sizes = f"{readable_size(needed)} needed, {readable_size(total_nbytes())} in all"
+        verdict = f"no: {sizes}; weights are read from disk again and again"
     return [
         ("dense weights", readable_size(weights - experts)),
         ("expert weights", readable_size(experts)),

@@ -172,6 +172,7 @@ class Model:
 
     def close(self) -> None:
         """Stop the device's threads and free the cache."""
+        self.cached.clear()
         self._plans.clear()
         self.device.close()
 
@@ -192,8 +193,8 @@ class Model:
         free = available_nbytes()
         if context * per_token > free:
             raise DeviceError(
-                f"{self.source.path}: a context of {context} tokens needs {readable_size(context * per_token)} for keys "
-                f"and values, and {readable_size(free)} are free; at most {free // per_token} tokens fit"
+                f"{self.source.path}: a context of {context} tokens needs {readable_size(context * per_token)} for "
+                f"keys and values, and {readable_size(free)} are free; at most {free // per_token} tokens fit"
             )
         return context
 

@@ -1,4 +1,4 @@
-"""What the tests of families share: running a network on a device by hand, and tiny random models; knows no golden data."""
+"""What the tests of families share: running a network on a device, and models made in memory; knows no golden data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def greedy(network: Network, ids: Sequence[int], total: int, device: str = "refe
 
 
 def chosen_experts(network: Network, ids: Sequence[int]) -> list[tuple[Array, Array, Array]]:
-    """Per MoE layer the router's logits (T, E), the chosen ids (T, k) and their shares (T, k), on the reference device."""
+    """Per MoE layer, on the reference device: router logits (T, E), chosen ids (T, k) and their shares (T, k)."""
     seen: list[tuple[Array, Array, Array]] = []
     with opened("reference", len(ids)) as device:
         plan: Any = device.compile(network.program(len(ids), all_rows=True))

@@ -1,4 +1,4 @@
-"""Programs for tests: random weights of any format, inputs that quantise without loss, and a run over poisoned memory."""
+"""Programs for tests: random weights, inputs that quantise without loss, and runs over poisoned memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def exactly(values: npt.ArrayLike) -> Weight:
 
 
 def rows(ops: Ops, random: Random, width: int) -> Tensor:
-    """A row for each token, (T, width): multiples of 1/64 whose every block of 32 peaks at 127/64, so that rounding to 8 bits is exact."""
+    """A row for each token, (T, width): multiples of 1/64 with a peak of 127/64 in every block of 32, so that rounding
+    to 8 bits is exact."""
     table = random.integers(-127, 128, (VOCABULARY, width))
     table[:, ::32] = 127
     return ops.embed(exactly(table / 64), ops.input)
@@ -88,10 +89,8 @@ def reference_runs(forward: Forward, steps: Sequence[Step], kv_format: str = "f3
     return answers
 
 
-def cpu_runs(
-    device: CpuDevice, forward: Forward, steps: Sequence[tuple[int, int, int]], **how: bool
-) -> list[Array]:
-    """What the cpu answers to steps of (capacity, tokens, position); every place that a step should write holds NaN before."""
+def cpu_runs(device: CpuDevice, forward: Forward, steps: Sequence[tuple[int, int, int]], **how: bool) -> list[Array]:
+    """What the cpu answers to steps of (capacity, tokens, position); every place that a step writes held NaN before."""
     device._caches.clear()
     programs = {capacity: traced(forward, capacity, **how) for capacity, _, _ in steps}
     plans = {capacity: device.compile(program) for capacity, program in programs.items()}

@@ -62,7 +62,9 @@ def test_prefill_in_chunks_is_the_whole_prefill(golden: Golden, device: str) -> 
 
 def test_decoding_token_by_token_is_the_prefill(golden: Golden, device: str) -> None:
     ids, _ = golden.texts[-1]
-    assert relative_error(logits(golden.network, ids, device, chunk=1), logits(golden.network, ids, device)) <= TOLERANCE
+    assert (
+        relative_error(logits(golden.network, ids, device, chunk=1), logits(golden.network, ids, device)) <= TOLERANCE
+    )
 
 
 def test_greedy_continuation_is_that_of_transformers(golden: Golden, device: str) -> None:

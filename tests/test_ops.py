@@ -1,4 +1,4 @@
-"""Every op of the contract on the cpu device against its numpy twin: instruction sets, formats, odd shapes, any number of threads."""
+"""Every op on the cpu device against its numpy twin: instruction sets, formats, odd shapes, numbers of threads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def case(name: str, tolerance: float = EXACT) -> Callable[[Forward], Forward]:
 
 @pytest.fixture(scope="module")
 def cpu() -> Iterator[OpenCpu]:
-    """`cpu(isa, threads, kv_format)`: a device, kept open for the next test; one set of kernels for each instruction set."""
+    """`cpu(isa, threads, kv_format)`: a device, kept open for the next test; an instruction set has one `Kernels`."""
     kept: dict[tuple[str, int, str], CpuDevice] = {}
 
     def opened(isa: str, threads: int = 2, kv_format: str = "f32") -> CpuDevice:
@@ -62,7 +62,9 @@ def cpu() -> Iterator[OpenCpu]:
         device.close()
 
 
-for _format, _width in (("F32", 257), ("F16", 40), ("BF16", 24), ("Q8_0", 96), ("Q4_0", 64), ("Q4_K", 256), ("Q6_K", 512)):
+for _format, _width in (
+    ("F32", 257), ("F16", 40), ("BF16", 24), ("Q8_0", 96), ("Q4_0", 64), ("Q4_K", 256), ("Q6_K", 512),
+):  # fmt: skip
 
     @case(f"embed {_format} {_width}")
     def _(ops: Ops, random: Random, format: str = _format, width: int = _width) -> Tensor:
@@ -92,8 +94,9 @@ def _(ops: Ops, random: Random) -> Tensor:
 
 
 for _format, _height, _width in (
-    ("F32", 1, 8), ("F32", 7, 24), ("F32", 49, 40), ("F32", 130, 257), ("F16", 25, 40), ("F16", 50, 257), ("BF16", 33, 96),
-    ("Q8_0", 1, 32), ("Q8_0", 50, 96), ("Q4_0", 25, 64), ("Q4_0", 130, 544), ("Q4_K", 49, 256), ("Q4_K", 3, 768), ("Q6_K", 25, 512),
+    ("F32", 1, 8), ("F32", 7, 24), ("F32", 49, 40), ("F32", 130, 257), ("F16", 25, 40), ("F16", 50, 257),
+    ("BF16", 33, 96), ("Q8_0", 1, 32), ("Q8_0", 50, 96), ("Q4_0", 25, 64), ("Q4_0", 130, 544), ("Q4_K", 49, 256),
+    ("Q4_K", 3, 768), ("Q6_K", 25, 512),
 ):  # fmt: skip
 
     @case(f"linear {_format} {_height} × {_width}")
@@ -194,7 +197,9 @@ for _kind in ("silu", "sigmoid"):
 
     @case(f"glu {_kind} with one gate a row")
     def _(ops: Ops, random: Random, kind: str = _kind) -> Tensor:
-        return ops.glu(ops.linear(rows(ops, random, 40), weight(random, (1, 40)), exact=True), rows(ops, random, 25), kind)
+        return ops.glu(
+            ops.linear(rows(ops, random, 40), weight(random, (1, 40)), exact=True), rows(ops, random, 25), kind
+        )
 
 
 def routed(router: Router, experts: int, bias: bool, ties: bool) -> tuple[Forward, Forward]:
@@ -218,7 +223,13 @@ for _name, _router, _experts, _bias, _ties in (
     ("softmax with groups by their best", Router("softmax", 3, False, 16.0, 4, 2, "max"), 24, False, False),
     ("sigmoid", Router("sigmoid", 3, normalise=True), 17, False, True),
     ("sigmoid with a bias", Router("sigmoid", 4, normalise=True, scale=2.5), 40, True, False),
-    ("sigmoid with a bias and groups by their best two", Router("sigmoid", 6, True, 2.5, 8, 4, "top2"), 64, True, False),
+    (
+        "sigmoid with a bias and groups by their best two",
+        Router("sigmoid", 6, True, 2.5, 8, 4, "top2"),
+        64,
+        True,
+        False,
+    ),
     ("sigmoid with groups, ties", Router("sigmoid", 4, True, 1.0, 4, 2, "top2"), 32, False, True),
 ):
     _ids, _shares = routed(_router, _experts, _bias, _ties)
@@ -226,7 +237,9 @@ for _name, _router, _experts, _bias, _ties in (
     case(f"route shares, {_name}")(_shares)
 
 
-def mixture(used: int, shape: tuple[int, int, int], formats: str, kind: str = "silu", favourite: int | None = None) -> Forward:
+def mixture(
+    used: int, shape: tuple[int, int, int], formats: str, kind: str = "silu", favourite: int | None = None
+) -> Forward:
     experts, width, hidden = shape
 
     def forward(ops: Ops, random: Random) -> Tensor:
@@ -263,7 +276,10 @@ def _(ops: Ops, random: Random) -> Tensor:
 def attended(heads: int, kv_heads: int, width: int, **how: object) -> Forward:
     def forward(ops: Ops, random: Random) -> Tensor:
         q = rows(ops, random, heads * (width + 3)).heads(heads).columns(3, width + 3)
-        k, v = rows(ops, random, kv_heads * width).heads(kv_heads), rows(ops, random, kv_heads * 2 * width).heads(kv_heads)
+        k, v = (
+            rows(ops, random, kv_heads * width).heads(kv_heads),
+            rows(ops, random, kv_heads * 2 * width).heads(kv_heads),
+        )
         layer = ops.cache.append(k, v.columns(width - 1, 2 * width))
         return ops.attention(q, layer, scale=width**-0.5, **how).flat()  # type: ignore[arg-type]
 
@@ -353,7 +369,9 @@ def test_a_token_of_a_chunk_does_not_depend_on_the_others(cpu: OpenCpu, isa: str
 def test_only_the_last_row_goes_on_when_one_row_of_logits_is_wanted(cpu: OpenCpu, capacity: int) -> None:
     def forward(ops: Ops, random: Random) -> Tensor:
         x = ops.logit_rows(rows(ops, random, 100).columns(4, 36))
-        ids, shares = ops.route(ops.linear(x, weight(random, (6, 32)), exact=True), Router("softmax", 2, normalise=True))
+        ids, shares = ops.route(
+            ops.linear(x, weight(random, (6, 32)), exact=True), Router("softmax", 2, normalise=True)
+        )
         mixed = ops.experts(x, ids, shares, *(weight(random, (6, 32, 32), "F16") for _ in range(3)))
         return ops.linear(ops.add(mixed, x), weight(random, (9, 32)))
 
@@ -365,7 +383,8 @@ def test_only_the_last_row_goes_on_when_one_row_of_logits_is_wanted(cpu: OpenCpu
 
 
 def solved_on_paper(ops: Ops, random: Random) -> Tensor:
-    """Two experts, width 1 of 2, one chosen by each token. Expert 0 doubles the first element, expert 1 triples the second."""
+    """Two experts of width 1, one for each token: expert 0 doubles the square of the first element, expert 1 triples
+    that of the second."""
     x = given(ops, [[2, 0], [0, 1], [1, -3], [4, 4]] * (VOCABULARY // 4))
     ids, shares = ops.route(ops.linear(x, exactly([[1, 0], [0, 1]]), exact=True), Router("softmax", 1, normalise=True))
     gate = exactly([[[50, 0]], [[0, 50]]])  # sigmoid(50 x) is 1 for x ≥ 1: silu(50 x) · up x = 50 x · up x

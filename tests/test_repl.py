@@ -444,3 +444,15 @@ def test_a_whole_chat_on_a_real_terminal(tmp_path: Path) -> None:
         process.wait()
         os.close(ours)
     assert (tmp_path / "localmoe" / "history").read_text().count("+") == 3
+
+
+def test_the_terminal_echo_is_off_while_an_answer_is_drawn_and_back_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
+    from localmoe.repl.keyboard import silent_keyboard
+
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal, "r") as stream, os.fdopen(controller, "r"):
+        monkeypatch.setattr("sys.stdin", stream)
+        with silent_keyboard():
+            assert not termios.tcgetattr(stream.fileno())[3] & termios.ECHO
+        assert termios.tcgetattr(stream.fileno())[3] & termios.ECHO

@@ -59,8 +59,8 @@ class Rope:
         original_context = meta.int("rope.scaling.original_context_length", 0) or meta.int("context_length", 0)
         if base <= 1 or factor <= 0 or not 0 < dimensions <= 65536 or dimensions % 2 or not original_context:
             raise FileFormatError(
-                f"{meta.origin}: rope of base {base:g}, factor {factor:g}, {dimensions} dimensions and an original context of "
-                f"{original_context} is not possible; base > 1, factor > 0, an even number of dimensions and a context are"
+                f"{meta.origin}: rope of base {base:g}, factor {factor:g}, {dimensions} dimensions and an original "
+                f"context of {original_context} is not possible; base > 1, factor > 0, even dimensions and a context are"
             )
         return cls(
             dimensions=dimensions,
@@ -87,9 +87,9 @@ class Rope:
     def table(self, layout: str, factors: Weight | None = None) -> RopeTable:
         """The rope table; `factors` is the file's `rope_freqs` tensor (one divisor per frequency), if it has one."""
         exponents = np.arange(0, self.dimensions, 2, dtype=np.float32) / np.float32(self.dimensions)
-        plain: Floats = (1 / np.power(np.float32(self.base), exponents)).astype(np.float32)
+        plain: Floats = np.reciprocal(np.power(np.full_like(exponents, self.base), exponents))
         if factors is not None:
-            return RopeTable(plain / factors.slabs[0].view(np.float32), layout)
+            return RopeTable(np.divide(plain, factors.slabs[0].view(np.float32), dtype=np.float32), layout)
         if self.scaling == "linear":
             return RopeTable(plain / np.float32(self.factor), layout)
         if self.scaling == "llama3":

@@ -11,6 +11,7 @@ from typing import cast
 
 from localmoe.engine import Progress
 from localmoe.errors import LocalMoeError
+from localmoe.repl.keyboard import silent_keyboard
 from localmoe.repl.render import Screen
 from localmoe.session import Piece, Session
 
@@ -52,7 +53,7 @@ class Talk:
     def answer(self, generate: Callable[[Progress], Iterator[Piece]]) -> None:
         """Draw an answer as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
         drawn = self.screen.answer()
-        with Interrupt.watched() as interrupt, self.screen.progress("reading the prompt") as bar:
+        with silent_keyboard(), Interrupt.watched() as interrupt, self.screen.progress("reading the prompt") as bar:
 
             def progress(done: int, total: int) -> None:
                 if interrupt.asked:

@@ -57,6 +57,10 @@ IN_DISTRESS = (
 COARSE = re.compile(
     r"\b(fuck\w*|shit\w*|bitch\w*|nigg\w*|cunt|whore|rape\w*|slut|porn\w*|sexy|asshole|faggot)\b", re.IGNORECASE
 )
+# what talk.py answers in this model's own name
+IDENTITY = re.compile(
+    r"\b(who|what) (are|r) (you|u)\b|your name|(can|do) (you|u) do\b|\b(made|created|built) you", re.IGNORECASE
+)
 OTHER_BOTS = re.compile("chatterbot|alice|gunther", re.IGNORECASE)
 
 
@@ -218,6 +222,8 @@ def main() -> None:
         tokenizer = train_tokenizer(turn for name in sources for turns in splits[name][0] for turn in turns)
         tokenizer.save(str(known))
 
+    kept, held = splits["chitchat"]
+    splits["chitchat"] = [t for t in kept if not IDENTITY.search(t[0])], [t for t in held if not IDENTITY.search(t[0])]
     streams = {}
     for name, (kept, held) in splits.items():
         if name == "dialogue":

@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[Slots, dict[str, list[list[str]]]]:
                 records = [dict(zip(names, value.split(" > "), strict=True)) for value in values.split(" / ")]
                 slots |= dict.fromkeys(names, records)
         if turns:
-            blocks[kind].append(turns)
+            blocks["topic" if kind == "often" else kind] += [turns] * (4 if kind == "often" else 1)
     return slots, blocks
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from localmoe.kernels.cpu.arguments import At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.matmul import dequantise_kernel
 from localmoe.kernels.program import Op
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def last_row(v: Any) -> Any:
 def lower_embed(lowering: Lowering, op: Op) -> None:
     (ids,), (out,), (weight,) = op.inputs, op.outputs, op.weights
     place = (lowering.at(ids), lowering.at(out), lowering.address(weight))
-    function = Function(f"dequantise_{weight.format.name.lower()}")
+    function = Function(dequantise_kernel(weight.format))
     lowering.emit("embed", ids, *place, weight.row_nbytes, weight.columns, function)
 
 

@@ -2,7 +2,7 @@
 one.
 
 A kernel is a factory `f(v) -> Python function of integers`; `v` holds the vector operations of one instruction set
-(`vector.py`). Its C form is `void name(int64, ...)`. What a kernel computes is not known here.
+(`frontend.py`). Its C form is `void name(int64, ...)`. What a kernel computes is not known here.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def target_machine(isa: Isa) -> llvm.TargetMachine:
 
 def optimised(name: str, isa: Isa) -> llvm.ModuleRef:
     """Kernel `name` as an optimised LLVM module with one external symbol, its name. Imports numba."""
-    from localmoe.kernels.cpu import vector
+    from localmoe.kernels.cpu import frontend
 
     entry = _REGISTRY[name]
-    module = vector.lower(entry.factory(isa)(vector.vectors(isa)), name, entry.arguments)
+    module = frontend.lower(entry.factory(isa)(frontend.vectors(isa)), name, entry.arguments)
     machine = target_machine(isa)
     module.data_layout = str(machine.target_data)
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)

@@ -14,7 +14,8 @@ import numpy as np
 from localmoe.kernels.cpu import gemm
 from localmoe.kernels.cpu.arguments import At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
-from localmoe.kernels.cpu.linear import dequantise_kernel, gemv_kernel, quantised
+from localmoe.kernels.cpu.linear import quantised
+from localmoe.kernels.cpu.matmul import dequantise_kernel, gemv_kernel
 from localmoe.kernels.program import Op, Router, Tensor
 
 if TYPE_CHECKING:
@@ -290,17 +291,19 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
     (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
     used, width = ids.shape[1], gate.rows
     opened = [lowering.scratch((used, width)) for _ in range(2)]
-    forms = {kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w)[1] for w in (gate, up))}
+    forms = {
+        kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w.format)[1] for w in (gate, up))
+    }
     arguments: list[Any] = []
     for weight, target in zip((gate, up), opened, strict=True):
-        name, kind = gemv_kernel(weight)
+        name, kind = gemv_kernel(weight.format)
         place = (Function(name), lowering.addresses(weight), weight.row_nbytes, forms[kind], 0, lowering.at(target))
         arguments += [*place, weight.columns, weight.rows]
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 2, *arguments)
     hidden, closed = lowering.scratch((1, used * width)).heads(used), lowering.scratch((used, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
     lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)
-    name, kind = gemv_kernel(down)
+    name, kind = gemv_kernel(down.format)
     closing, _, stride = quantised(lowering, hidden, kind)
     last = (Function(name), lowering.addresses(down), down.row_nbytes, closing, stride, lowering.at(closed))
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows)
@@ -330,7 +333,12 @@ def _lower_chunk(lowering: Lowering, op: Op) -> None:
         each = [
             argument
             for w, target in zip(weights, targets, strict=True)
-            for argument in (Function(dequantise_kernel(w)), lowering.addresses(w), w.row_nbytes, lowering.at(target))
+            for argument in (
+                Function(dequantise_kernel(w.format)),
+                lowering.addresses(w),
+                w.row_nbytes,
+                lowering.at(target),
+            )
         ]
         room = (panels, Function("gemm"), scratch, scratch_nbytes, counter(2 * turn + 1))
         lowering.emit("experts_gemm", x, columns, *order, *room, weights[0].rows, len(weights), *each)

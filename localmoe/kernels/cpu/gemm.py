@@ -97,7 +97,8 @@ def gemm(v: Any) -> Callable[..., None]:
     """
     tile_rows, strip_rows, width, half = _TILE_ROWS[v.isa.name], STRIP_ROWS, 2 * v.lanes, v.lanes
     sums_stride, panel_sums = width * 4, strip_rows * width * 4
-    wide, narrow, put = v.tile(tile_rows, 2, sums_stride), v.tile(tile_rows, 1, sums_stride), _put(v, sums_stride)
+    wide, narrow = v.tile(tile_rows, 2, v.lanes, sums_stride), v.tile(tile_rows, 1, v.lanes, sums_stride)
+    few, put = v.tile(tile_rows, 1, v.lanes // 2, sums_stride), _put(v, sums_stride)
     chunk, row_stride, most_tokens = CHUNK, _ROW_STRIDE, _TOKENS
 
     def multiply(arguments):
@@ -127,8 +128,10 @@ def gemm(v: Any) -> Callable[..., None]:
                             strip = scratch + r * row_stride
                             if stop - t > half:
                                 wide(strip, row_stride, panel, sums_stride, count, into + r * sums_stride)
-                            else:
+                            elif stop - t > half // 2:
                                 narrow(strip, row_stride, panel, sums_stride, count, into + r * sums_stride)
+                            else:
+                                few(strip, row_stride, panel, sums_stride, count, into + r * sums_stride)
                 for t in range(start, stop, width):
                     place = out + t * out_stride + first * 4
                     put(sums + (t - start) // width * panel_sums, rows, place, out_stride, min(width, stop - t))

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from localmoe.formats import Weight
-from localmoe.kernels.cpu import gemm, matmul, matmul_avx512  # noqa: F401  (registers the avx512 kernels)
+from localmoe.kernels.cpu import gemm
 from localmoe.kernels.cpu.activations import QUANTISERS, activation_nbytes
 from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.matmul import dequantise_kernel, gemv_kernel
 from localmoe.kernels.program import Op, Tensor
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def gemm_weights(v: Any) -> Any:
 
 @kernel("gemv_heads", 3)
 def gemv_heads(v: Any) -> Any:
-    """Each head's row times its matrix. Arguments: control, rows, heads, matrix-vector kernel, table of matrices, row
-    bytes, activations, their token and head strides (bytes), out, columns, rows of a matrix."""
+    """One token: each head's row times its matrix. Arguments: control, rows, heads, matrix-vector kernel, table of
+    matrices, row bytes, activations, their token and head strides (bytes), out, columns, rows of a matrix."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
@@ -123,6 +123,35 @@ def gemv_heads(v: Any) -> Any:
             x = slot(a, 6) + t * slot(a, 7) + head * slot(a, 8)
             out = slot(a, 9) + 4 * (t * heads + head) * height
             v.call(slot(a, 3), slot(slot(a, 4), head), slot(a, 5), x, out, slot(a, 10), 0, height)
+
+    return run
+
+
+@kernel("gemm_heads", 3)
+def gemm_heads(v: Any) -> Any:
+    """Each head's rows times its matrix; a thread packs and multiplies a whole head. Arguments: control, rows, heads,
+    GEMM kernel, dequantise kernel, table of matrices, row bytes, x, its token and head strides (bytes), columns, out,
+    rows of a matrix, packing kernel, panels, their bytes a thread, scratch, its bytes a thread."""
+    slot, rows = slots(v), row_count(v)
+    block = v.stack(8 * gemm.ARGUMENTS)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, heads, columns, height, b = rows(a), slot(a, 2), slot(a, 10), slot(a, 12), block()
+        panels = slot(a, 14) + thread * slot(a, 15)
+        for head in range(heads * thread // threads, heads * (thread + 1) // threads):
+            v.call(slot(a, 13), slot(a, 7) + head * slot(a, 9), slot(a, 8), tokens, columns, panels)
+            v.store(b, slot(a, 4))
+            v.store(b + 8, slot(slot(a, 5), head))
+            v.store(b + 16, slot(a, 6))
+            v.store(b + 24, panels)
+            v.store(b + 32, slot(a, 11) + 4 * head * height)
+            v.store(b + 40, 4 * heads * height)
+            v.store(b + 48, tokens)
+            v.store(b + 56, columns)
+            v.store(b + 64, 0)
+            v.store(b + 72, height)
+            v.store(b + 80, slot(a, 16) + thread * slot(a, 17))
+            v.call(slot(a, 3), b)
 
     return run
 
@@ -150,16 +179,6 @@ def gemv_heads_transposed(v: Any) -> Any:
                         v.store(out + i, v.load(v.float32, out + i) + x * v.load(v.float32, values + i))
 
     return run
-
-
-def gemv_kernel(weight: Weight) -> tuple[str, str]:
-    """The matrix-vector kernel of a weight's format, and the form of activations it reads."""
-    name = weight.format.name
-    return matmul.FAST.get(name, (f"gemv_{name.lower()}", "f32"))
-
-
-def dequantise_kernel(weight: Weight) -> str:
-    return f"dequantise_{weight.format.name.lower()}"
 
 
 def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
@@ -190,21 +209,22 @@ def lower_linear(lowering: Lowering, op: Op) -> None:
     biases = iter(op.weights[len(flags) :])
     shift = [lowering.floats(next(biases)) if biased else 0 for biased in flags]
     pairs = list(zip(op.weights, op.outputs, shift, strict=False))
-    inexact = op.attributes["exact"] and any(gemv_kernel(w)[1] != "f32" for w, _, _ in pairs)
+    inexact = op.attributes["exact"] and any(gemv_kernel(w.format)[1] != "f32" for w, _, _ in pairs)
     arguments: list[Argument] = []
     if x.shape[0] == 1 and not inexact:
         forms = {
-            kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w)[1] for w, _, _ in pairs)
+            kind: quantised(lowering, x, kind)[0]
+            for kind in dict.fromkeys(gemv_kernel(w.format)[1] for w, _, _ in pairs)
         }
         for weight, out, bias in pairs:
-            name, kind = gemv_kernel(weight)
+            name, kind = gemv_kernel(weight.format)
             place = (Function(name), lowering.address(weight), weight.row_nbytes, forms[kind], lowering.at(out))
             arguments += [*place, weight.columns, weight.rows, bias]
         lowering.emit("gemv_weights", x, len(pairs), *arguments)
         return
     panels = packed(lowering, x)
     for weight, out, bias in pairs:
-        function = Function(dequantise_kernel(weight))
+        function = Function(dequantise_kernel(weight.format))
         arguments += [function, lowering.address(weight), weight.row_nbytes, lowering.at(out), weight.rows, bias]
     nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
     scratch = lowering.temporary(nbytes * lowering.threads)
@@ -218,10 +238,22 @@ def lower_head_linear(lowering: Lowering, op: Op) -> None:
         nbytes = -(-4 * weight.columns // 64) * 64
         source = (lowering.at(x), 4 * x.strides[0], 4 * x.strides[1], lowering.at(out), weight.columns, weight.rows)
         scratch = lowering.temporary(nbytes * lowering.threads)
-        function = Function(dequantise_kernel(weight))
+        function = Function(dequantise_kernel(weight.format))
         lowering.emit("gemv_heads_transposed", x, heads, function, table, weight.row_nbytes, *source, scratch, nbytes)
         return
-    name, kind = gemv_kernel(weight)
+    if x.shape[0] > 1:
+        panels_nbytes = (
+            4 * -(-x.shape[0] // gemm.panel_tokens(lowering.isa)) * gemm.panel_tokens(lowering.isa) * x.shape[2]
+        )
+        scratch_nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
+        matrices = (Function("gemm"), Function(dequantise_kernel(weight.format)), table, weight.row_nbytes)
+        flow = (lowering.at(x), 4 * x.strides[0], 4 * x.strides[1], weight.columns, lowering.at(out), weight.rows)
+        panels = (lowering.temporary(panels_nbytes * lowering.threads), panels_nbytes)
+        scratch = lowering.temporary(scratch_nbytes * lowering.threads)
+        packing = Function("pack_panel")
+        lowering.emit("gemm_heads", x, heads, *matrices, *flow, packing, *panels, scratch, scratch_nbytes)
+        return
+    name, kind = gemv_kernel(weight.format)
     place, token_stride, head_stride = quantised(lowering, x, kind)
     source = (place, token_stride, head_stride, lowering.at(out), weight.columns, weight.rows)
     lowering.emit("gemv_heads", x, heads, Function(name), table, weight.row_nbytes, *source)

@@ -100,7 +100,8 @@ class Lowering:
         return At(self._places[tensor.buffer] + 4 * tensor.offset)
 
     def side_by_side(self, tensor: Tensor) -> At:
-        """Where the elements of a tensor stand without gaps: where it is, or a copy for the current op when it is a view."""
+        """Where the elements of a tensor stand without gaps: its own place, or for a view a copy that the current op
+        uses."""
         if tensor.strides == contiguous(tensor.shape):
             return self.at(tensor)
         copy = self.scratch(tensor.shape)

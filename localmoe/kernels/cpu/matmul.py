@@ -27,13 +27,14 @@ FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
         "BF16": ("gemv_bf16", "f32"),
         "Q8_0": ("gemv_q8_0", "q8_32"),
         "Q4_0": ("gemv_q4_0", "q8_32"),
+        "Q5_0": ("gemv_q5_0", "q8_32"),
         "Q4_K": ("gemv_q4_k", "q8_256"),
         "Q5_K": ("gemv_q5_k", "q8_256"),
         "Q6_K": ("gemv_q6_k", "q8_256"),
     }
 )
 
-# Into the second level, as float activations fill half of the first; two rows at once (fewer loads of them) were slower.
+# Into the second level, as float activations fill half of the first; two rows at once (fewer loads) were slower.
 _FLOATS_AHEAD = 1024
 
 
@@ -143,6 +144,21 @@ def gemv_q4_0(v: Any) -> Callable[..., None]:
         return v.word_pairs(v.byte_pairs(quants, y) - v.byte_pairs(eights(), y), ones())
 
     return _block32_gemv(v, 18, v.function(dot))
+
+
+@kernel("gemv_q5_0", arguments=7)
+def gemv_q5_0(v: Any) -> Callable[..., None]:
+    """Block of 32: float16 d, fifth bits u32, nibbles [16]; quants are stored with 16 added."""
+    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
+    sixteens, ones = v.constants(v.u8x32, 16), v.constants(v.i16x16, 1)
+
+    def dot(p, x):
+        packed, y = v.load(v.u16x8, p + 4), v.load(v.i8x32, x)
+        quants = v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
+        quants = quants | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
+        return v.word_pairs(v.byte_pairs(quants, y) - v.byte_pairs(sixteens(), y), ones())
+
+    return _block32_gemv(v, 22, v.function(dot))
 
 
 def _eighths(v: Any) -> list[Any]:

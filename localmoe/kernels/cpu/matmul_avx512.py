@@ -13,52 +13,48 @@ from localmoe.kernels.cpu.build import kernel
 _TWICE = [*range(16)] * 2
 
 
-def _pair_scales(v: Any) -> Any:
-    """(two addresses of float16, address of two float32) -> the products, one in lanes 0-7, one in lanes 8-15."""
-    join = v.shuffle([*range(16)])
-    spread = v.shuffle([0] * 8 + [1] * 8)
-
-    def scales(first, second, activation_scales):
-        left = v.splat(v.u16x8, v.load(v.uint16, first))
-        right = v.splat(v.u16x8, v.load(v.uint16, second))
-        both = v.load(v.f32x2, activation_scales)
-        return v.half(join(left, right)) * spread(both, both)
-
-    return v.function(scales)
-
-
 def _block32_gemv(v: Any, nbytes: int, load_pair: Any, load_one: Any, offset: int) -> Callable[..., None]:
     """Blocks of a float16 scale and 32 values stored with `offset` added, which the loaders bring as unsigned bytes.
 
-    Two rows at once, sharing what the activations decide, gained 10 % in the cache and lost half the speed of memory.
+    Measured on Zen 4 and left: two rows at once, sharing what the activations decide, lost half the speed of memory;
+    int32 sums of four activations, in place of the second dot product, made Q4_0 9 % faster and Q8_0 13 % slower.
     """
-    scales_of = _pair_scales(v)
+    halves = v.strided(v.u16x8, nbytes)
     offsets, offsets_one = v.constants(v.u8x64, offset), v.constants(v.u8x32, offset)
+    s0, s1, s2, s3 = (v.shuffle([2 * j] * 8 + [2 * j + 1] * 8) for j in range(4))
+
+    def pair(p, x):
+        values = v.load(v.i8x64, x)
+        stored = v.dot(v.zero(v.i32), load_pair(p + 2, p + (nbytes + 2)), values)
+        return v.convert(v.f32, stored - v.dot(v.zero(v.i32), offsets(), values))
+
+    def one(p, x):
+        values = v.load(v.i8x32, x)
+        stored = v.dot(v.zero(v.i32x8), load_one(p + 2), values)
+        return v.convert(v.f32x8, stored - v.dot(v.zero(v.i32x8), offsets_one(), values))
+
+    pair, one = v.function(pair), v.function(one)
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        blocks = columns >> 5
-        scales = activations + ((columns + 63) & -64)
+        blocks, scales = columns >> 5, activations + ((columns + 63) & -64)
+        eights = blocks & -8
         for row in range(row_start, row_stop):
             w = weights + row * row_nbytes
-            a, b, last = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32x8)
-            for block in range(0, blocks - 1, 2):
+            a, b, rest = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32x8)
+            for block in range(0, eights, 8):
+                p, x = w + block * nbytes, activations + block * 32
+                for ahead in range(PREFETCH, PREFETCH + 8 * nbytes, 64):
+                    v.prefetch(p + ahead)
+                d = v.half(halves(p)) * v.load(v.f32x8, scales + block * 4)
+                a = v.fma(pair(p, x), s0(d, d), a)
+                b = v.fma(pair(p + 2 * nbytes, x + 64), s1(d, d), b)
+                a = v.fma(pair(p + 4 * nbytes, x + 128), s2(d, d), a)
+                b = v.fma(pair(p + 6 * nbytes, x + 192), s3(d, d), b)
+            for block in range(eights, blocks):
                 p = w + block * nbytes
-                v.prefetch(p + PREFETCH)
-                if nbytes > 32:
-                    v.prefetch(p + PREFETCH + 64)
-                x = v.load(v.i8x64, activations + block * 32)
-                stored = v.dot(v.zero(v.i32), load_pair(p + 2, p + nbytes + 2), x)
-                products = stored - v.dot(v.zero(v.i32), offsets(), x)
-                d = scales_of(p, p + nbytes, scales + block * 4)
-                a, b = v.fma(v.convert(v.f32, products), d, b), a
-            if blocks & 1:
-                block = blocks - 1
-                p = w + block * nbytes
-                x1 = v.load(v.i8x32, activations + block * 32)
-                one = v.dot(v.zero(v.i32x8), load_one(p + 2), x1) - v.dot(v.zero(v.i32x8), offsets_one(), x1)
                 scale = v.load_half(v.float32, p) * v.load(v.float32, scales + block * 4)
-                last = v.convert(v.f32x8, one) * scale
-            v.store(out + row * 4, v.total(a + b) + v.total(last))
+                rest = v.fma(one(p, activations + block * 32), v.splat(v.f32x8, scale), rest)
+            v.store(out + row * 4, v.total(a + b) + v.total(rest))
 
     return gemv
 
@@ -91,6 +87,25 @@ def gemv_q4_0(v: Any) -> Callable[..., None]:
         return v.bits(v.u8x64, (both_twice(v.load(v.u16x8, p), v.load(v.u16x8, q)) >> shift_pair()) & 0x0F0F)
 
     return _block32_gemv(v, 18, v.function(load_pair), v.function(load_one), 8)
+
+
+@kernel("gemv_q5_0", arguments=7, isa="avx512")
+def gemv_q5_0(v: Any) -> Callable[..., None]:
+    twice, both_twice = v.shuffle([*range(8)] * 2), v.shuffle([*range(8)] * 2 + [*range(8, 16)] * 2)
+    shift_one = v.constants(v.u16x16, [0] * 8 + [4] * 8)
+    shift_pair = v.constants(v.u16x32, ([0] * 8 + [4] * 8) * 2)
+
+    def load_one(p):
+        packed = v.load(v.u16x8, p + 4)
+        nibbles = v.bits(v.u8x32, (twice(packed, packed) >> shift_one()) & 0x0F0F)
+        return nibbles | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
+
+    def load_pair(p, q):
+        nibbles = (both_twice(v.load(v.u16x8, p + 4), v.load(v.u16x8, q + 4)) >> shift_pair()) & 0x0F0F
+        fifths = v.marked(v.u8x64, v.load(v.uint32, p) | (v.load(v.uint32, q) << 32))
+        return v.bits(v.u8x64, nibbles) | (fifths & 16)
+
+    return _block32_gemv(v, 22, v.function(load_pair), v.function(load_one), 16)
 
 
 def _k_sums(v: Any, load: Any) -> Any:

@@ -11,6 +11,7 @@ import operator
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -108,11 +109,13 @@ class Team:
             worker.start()
 
     def run(self, tape: int, entries: int) -> None:
-        """Run a tape with all threads; returns when every one has passed the last barrier's arrival."""
+        """Run a tape of one or more entries with all threads; returns when every one has come to the last barrier."""
         self._job = (tape, entries)
         walk = partial(self._walk, tape, entries, self._sync, SPINS, 0, self.threads)
-        # One call from the interpreter's view: a KeyboardInterrupt cannot leave some threads at the barrier without the others.
-        deque(map(operator.call, (*(gate.release for gate in self._gates), walk)), maxlen=0)
+        # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
+        # without the others.
+        steps: list[Callable[[], None]] = [*(gate.release for gate in self._gates), walk]
+        deque(map(operator.call, steps), maxlen=0)
 
     def close(self) -> None:
         self._closed = True

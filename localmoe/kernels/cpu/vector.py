@@ -1,9 +1,7 @@
-"""LLVM vectors as values inside Numba functions, and the way from such a function to an LLVM module; knows no kernel.
+"""LLVM vectors as values inside Numba functions: types, operators, how an operation is defined; knows no kernel.
 
-`vectors(isa)` gives the module `v` that a kernel factory receives. In a kernel, `x + y`, `x * 2`, `x >> 4`, `x & 15`
-work on vectors of one kind (a scalar is spread over the lanes); everything else is a function of `v` from
-`vector_memory.py`, `vector_maths.py` and `vector_tile.py`. Imports numba: to be imported only where something must be
-compiled.
+In a kernel, `x + y`, `x * 2`, `x >> 4`, `x & 15` work on vectors of one kind (a scalar is spread over the lanes).
+Imports numba: to be imported only where something must be compiled.
 """
 
 from __future__ import annotations
@@ -11,20 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit, types
-from numba.core import compiler
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler_lock import global_compiler_lock
+from numba import types
 from numba.core.extending import intrinsic, lower_builtin, models, register_model
-from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-
-from localmoe.kernels.cpu.isa import Isa
 
 SCALARS: dict[str, types.Type] = {
     "u8": types.uint8, "i8": types.int8, "u16": types.uint16, "i16": types.int16, "u32": types.uint32, "i32":
@@ -158,72 +148,3 @@ def _register_operator(symbol: Any, instructions: tuple[str | None, str, str]) -
 
 for _symbol, _instructions in _OPERATORS.items():
     _register_operator(_symbol, _instructions)
-
-
-@cache
-def vectors(isa: Isa) -> ModuleType:
-    """The operations of one instruction set, as a module so that Numba resolves `v.name` while compiling.
-
-    Kinds of vectors are v.f32, v.i32 (as many lanes as the instruction set has) and v.u8x64, v.i16x8 …; scalars are
-    v.float32, v.int64 ….
-    """
-    from localmoe.kernels.cpu import vector_maths, vector_memory, vector_tile
-
-    v = ModuleType(f"vectors_{isa.name}")
-    members: dict[str, Any] = {"isa": isa, "lanes": isa.lanes}
-    members.update(f32=kind("f32", isa.lanes), i32=kind("i32", isa.lanes))
-    members.update({f"{e}x{n}": kind(e, n) for e in SCALARS for n in (2, 4, 8, 16, 32, 64)})
-    members.update({str(t): t for t in SCALARS.values()})
-    members["function"] = njit(inline="always", error_model="numpy", boundscheck=False)
-    members.update(vector_memory.operations(isa))
-    members.update(vector_maths.operations(isa))
-    members.update(vector_tile.operations(isa))
-    for name, member in members.items():
-        setattr(v, name, member)
-    return v
-
-
-class _PlainLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """Collects what Numba lowers and leaves it as it is: Numba's own passes would optimise for the host's widest
-    instructions."""
-
-    def _optimize_functions(self, ll_module: Any) -> None:
-        ll_module.data_layout = self._codegen._data_layout
-
-    def _optimize_final_module(self) -> None:
-        return
-
-    def _finalize_final_module(self) -> None:
-        self._finalized = True
-
-
-@global_compiler_lock
-def lower(function: Callable[..., None], name: str, arguments: int) -> llvm.ModuleRef:
-    """The unoptimised LLVM module of `void name(int64 x arguments)`; everything else in it is internal."""
-    flags = compiler.Flags()
-    flags.nrt, flags.no_cpython_wrapper, flags.no_cfunc_wrapper, flags.no_compile = False, True, True, True
-    flags.error_model, flags.boundscheck, flags.enable_pyobject = "numpy", False, False
-    context = cpu_target.target_context
-    library = _PlainLibrary(context.codegen(), name)
-    compiled = compiler.compile_extra(
-        cpu_target.typing_context, context, function, (types.int64,) * arguments, types.void, flags, {}, library=library
-    )
-    library.finalize()
-    module = llvm.parse_assembly(f"{library.get_llvm_str()}\n{_entry(name, compiled.fndesc.mangled_name, arguments)}")
-    module.triple = llvm.get_process_triple()
-    for symbol in (*module.functions, *module.global_variables):
-        if not symbol.is_declaration and symbol.name != name:
-            symbol.linkage = "internal"
-    module.verify()
-    return module
-
-
-def _entry(name: str, inner: str, arguments: int) -> str:
-    """C entry point over Numba's calling convention: (result address, exception address, arguments) -> status, here
-    always 0."""
-    values = ", ".join(f"i64 %a{i}" for i in range(arguments))
-    passed = ", ".join(["ptr %result", "ptr %exception", *(f"i64 %a{i}" for i in range(arguments))])
-    return (
-        f'define void @"{name}"({values}) {{\n  %result = alloca ptr\n  %exception = alloca ptr\n'
-        f'  %status = call i32 @"{inner}"({passed})\n  ret void\n}}\n'
-    )

@@ -158,6 +158,17 @@ def _lanes() -> dict[str, Any]:
         """v.convert(kind, x): integers widened by their own sign, narrowed by cutting, or as float32."""
         return of.instance_type, lambda b, _, p: _converted(b, p, x, of.instance_type)
 
+    @operation
+    def marked(of: Any, mask: Any) -> Defined:
+        """v.marked(kind of integers, mask): all bits of lane i are bit i of an integer of at least as many bits."""
+        target = of.instance_type
+
+        def lowered(b: ir.IRBuilder, _: ir.Value, x: ir.Value) -> ir.Value:
+            bits = x if x.type.width == target.lanes else b.trunc(x, ir.IntType(target.lanes))
+            return b.sext(b.bitcast(bits, ir.VectorType(I1, target.lanes)), target.ir)
+
+        return target, lowered
+
     def constants(of: Vector, values: list[Any]) -> Any:
         """v.constants(kind, values) in the factory, `name()` in the kernel."""
 
@@ -176,7 +187,15 @@ def _lanes() -> dict[str, Any]:
 
         return shuffle_lanes
 
-    return {"splat": splat, "zero": zero, "bits": bits, "convert": convert, "constants": constants, "shuffle": shuffle}
+    return {
+        "splat": splat,
+        "zero": zero,
+        "bits": bits,
+        "convert": convert,
+        "marked": marked,
+        "constants": constants,
+        "shuffle": shuffle,
+    }
 
 
 def _folded(b: ir.IRBuilder, x: ir.Value, join: Any) -> ir.Value:

@@ -112,7 +112,7 @@ def _plain() -> dict[str, Any]:
 
         return prefetch
 
-    # v.prefetch(address) and v.prefetch_second(address): a cache line into the first or the second level; any address will do.
+    # v.prefetch(address), v.prefetch_second(address): a line into the first or second level; any address will do.
     prefetches = {"prefetch": prefetch_into(3), "prefetch_second": prefetch_into(2)}
     return {"load": load, "store": store, **prefetches}
 
@@ -199,7 +199,23 @@ def _static() -> dict[str, Any]:
 
         return address_on_stack
 
-    return {"table": table, "stack": stack}
+    def strided(of: Vector, stride: int) -> Any:
+        """v.strided(kind, stride) in the factory, `name(address)` in the kernel: lane i from address + i · stride."""
+
+        @operation
+        def load_strided(address: types.Type) -> Defined:
+            def lowered(b: ir.IRBuilder, a: ir.Value) -> ir.Value:
+                lanes = ir.Constant(of.ir, ir.Undefined)
+                for i in range(of.lanes):
+                    lane = fetch(b, b.add(a, I64(i * stride)), of.ir.element)
+                    lanes = b.insert_element(lanes, lane, I32(i))
+                return lanes
+
+            return of, lowered
+
+        return load_strided
+
+    return {"table": table, "stack": stack, "strided": strided}
 
 
 def _machine() -> dict[str, Any]:

@@ -17,14 +17,14 @@ Defined = tuple[types.Type, Lowering] | None
 
 
 def operations(isa: Isa) -> dict[str, Any]:
-    def tile(rows: int, vectors: int, sums_stride: int) -> Any:
-        """v.tile(rows, vectors, sums_stride) in the factory: an operation that keeps rows x vectors sums in registers.
+    def tile(rows: int, vectors: int, lanes: int, sums_stride: int) -> Any:
+        """v.tile(rows, vectors, lanes, sums_stride) in the factory: an operation that keeps its sums in registers.
 
-        name(weights, row_stride, panel, panel_stride, count, sums): for r < rows and every lane t of the vectors,
+        name(weights, row_stride, panel, panel_stride, count, sums): for r < rows and t < vectors · lanes,
         sums[r, t] += weights[r, k] · panel[k, t] for k < count, in order, each lane for itself; strides in bytes.
         """
-        of = kind("f32", isa.lanes)
-        nbytes = isa.lanes * 4
+        of = kind("f32", lanes)
+        nbytes = lanes * 4
 
         @operation
         def inner_products(w: Any, row_stride: Any, panel: Any, panel_stride: Any, count: Any, sums: Any) -> Defined:
@@ -38,7 +38,7 @@ def operations(isa: Isa) -> dict[str, Any]:
                     column = b.add(columns, b.mul(loop.index, step))
                     tokens = [fetch(b, b.add(column, I64(nbytes * i)), of.ir) for i in range(vectors)]
                     for start, row in zip(starts, held, strict=True):
-                        weight = spread(b, fetch(b, b.add(start, b.mul(loop.index, I64(4))), F32), isa.lanes)
+                        weight = spread(b, fetch(b, b.add(start, b.mul(loop.index, I64(4))), F32), lanes)
                         for token, one in zip(tokens, row, strict=True):
                             b.store(fused(b, isa, weight, token, b.load(one)), one)
                 for row, one_row in zip(places, held, strict=True):

@@ -1,0 +1,162 @@
+"""The thread team: all threads run every entry of a tape, none before all have done the last; nothing is timed."""
+
+from __future__ import annotations
+
+import _thread
+import faulthandler
+import operator
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from localmoe.kernels.cpu.arguments import slots
+from localmoe.kernels.cpu.build import Kernels, kernel
+from localmoe.kernels.cpu.isa import host_isa
+from localmoe.kernels.cpu.team import Team, default_threads
+
+
+@kernel("test_turns", 3)
+def turns(v: Any) -> Any:
+    """Arguments: address of the counter, of the mistakes, this entry's number. While the entry runs the counter stands
+    between threads · number and threads · (number + 1), unless a thread went ahead or stayed behind."""
+    slot = slots(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        first = threads * slot(a, 2)
+        before = v.atomic_add(slot(a, 0), 1)
+        if before < first or before >= first + threads:
+            v.atomic_add(slot(a, 1), 1)
+
+    return run
+
+
+class Tape:
+    """`entries` calls of `test_turns`."""
+
+    def __init__(self, kernels: Kernels, entries: int) -> None:
+        self.counts = np.zeros(2, np.int64)  # counter, mistakes
+        counter = self.counts.ctypes.data
+        self.blocks = np.array([[counter, counter + 8, i] for i in range(entries)], np.int64)
+        places = self.blocks.ctypes.data + 24 * np.arange(entries)
+        self.entries = np.stack([np.full(entries, kernels.address("test_turns")), places], axis=1).astype(np.int64)
+
+    def run(self, team: Team) -> int:
+        """Calls that were made; a call out of turn fails."""
+        self.counts[0] = 0
+        team.run(self.entries.ctypes.data, len(self.entries))
+        assert self.counts[1] == 0
+        return int(self.counts[0])
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Compiled here: the cache's fingerprint does not know this file."""
+    made = Kernels(host_isa(), tmp_path_factory.mktemp("kernels"))
+    made.prepare(("run_tape", "test_turns"))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _a_hang_ends_the_run() -> Iterator[None]:
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def team_of(kernels: Kernels, threads: int) -> Team:
+    return Team(threads, kernels.address("run_tape"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_no_thread_begins_an_entry_before_all_have_ended_the_last(kernels: Kernels, threads: int) -> None:
+    team, tape = team_of(kernels, threads), Tape(kernels, 3000)
+    assert tape.run(team) == 3000 * threads
+    team.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_run_follows_run_without_a_pause(kernels: Kernels, threads: int) -> None:
+    team, tapes = team_of(kernels, threads), [Tape(kernels, n) for n in (1, 2, 7)]
+    for i in range(1500):
+        tape = tapes[i % 3]
+        assert tape.run(team) == len(tape.entries) * threads
+    team.close()
+
+
+def test_more_threads_than_cores_do_not_hang(kernels: Kernels) -> None:
+    threads = 4 * default_threads() + 1
+    team, tape = team_of(kernels, threads), Tape(kernels, 200)
+    assert [tape.run(team) for _ in range(3)] == [200 * threads] * 3
+    team.close()
+
+
+def test_two_teams_work_beside_each_other(kernels: Kernels) -> None:
+    def work(found: list[int]) -> None:
+        team, tape = team_of(kernels, 2), Tape(kernels, 500)
+        found.extend(tape.run(team) for _ in range(10))
+        team.close()
+
+    counts: list[int] = []
+    callers = [threading.Thread(target=work, args=(counts,)) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert counts == [1000] * 20
+
+
+def test_close_ends_every_thread(kernels: Kernels) -> None:
+    before = threading.active_count()
+    used, unused = team_of(kernels, 4), team_of(kernels, 3)
+    assert threading.active_count() == before + 5
+    Tape(kernels, 10).run(used)
+    used.close()
+    unused.close()
+    assert threading.active_count() == before
+
+
+def test_an_interrupt_between_two_threads_of_a_run_waits_for_its_end(kernels: Kernels) -> None:
+    team, tape = team_of(kernels, 3), Tape(kernels, 20)
+    tape.run(team)
+    gate = team._gates[0]
+    release = partial(deque, map(operator.call, (gate.release, _thread.interrupt_main)), 0)
+    team._gates[0] = SimpleNamespace(acquire=gate.acquire, release=release)  # type: ignore[call-overload]
+    with pytest.raises(KeyboardInterrupt):
+        tape.run(team)
+    assert tape.counts.tolist() == [60, 0]
+    team._gates[0] = gate
+    assert tape.run(team) == 60
+    team.close()
+
+
+def run_until_alarm(tape: Tape, team: Team, seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    while True:
+        tape.run(team)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs timer signals")
+def test_an_interrupt_at_any_time_leaves_the_team_in_step(kernels: Kernels) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    team, tape = team_of(kernels, 3), Tape(kernels, 20)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(100):
+            tape.counts[0] = 0
+            with pytest.raises(KeyboardInterrupt):
+                run_until_alarm(tape, team, 1e-4 + 1e-6 * i)
+            assert tape.counts.tolist() in ([0, 0], [60, 0])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert tape.run(team) == 60
+    team.close()
