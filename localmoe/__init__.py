@@ -27,10 +27,10 @@ def load(
 ) -> LoadedModel:
     """Open a GGUF file or a Hugging Face folder.
 
-    `device`: "cpu" or "reference". `threads`: None takes every core. `lazy`: "auto" and "mmap" read weights when first
-    used, "off" reads them all now. `context`: tokens that the KV cache holds; None takes the trained one, at most
-    8192. `kv_format`: "f16" or "f32". `progress(what, done, total)` hears of anything that takes time. Raises children
-    of `localmoe.errors.LocalMoeError`.
+    `device`: "cpu" or "reference". `threads`: None takes the physical cores. `lazy`: "auto" and "mmap" read weights
+    when first used, "off" reads them all now. `context`: tokens that the KV cache holds; None takes the trained one,
+    at most 8192. `kv_format`: "f16" or "f32". `progress(what, done, total)` hears of anything that takes time. Raises
+    children of `localmoe.errors.LocalMoeError`.
     """
     from localmoe.notebook import LoadedModel
 

@@ -19,8 +19,9 @@ import pytest
 
 from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import Kernels, kernel
+from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.team import Team, default_threads
+from localmoe.kernels.cpu.team import Team
 
 
 @kernel("test_turns", 3)

@@ -60,7 +60,7 @@ class Rope:
         if base <= 1 or factor <= 0 or not 0 < dimensions <= 65536 or dimensions % 2 or not original_context:
             raise FileFormatError(
                 f"{meta.origin}: rope of base {base:g}, factor {factor:g}, {dimensions} dimensions and an original "
-                f"context of {original_context} is not possible; base > 1, factor > 0, even dimensions and a context are"
+                f"context of {original_context} is not possible; base > 1, factor > 0, even dimensions, a context are"
             )
         return cls(
             dimensions=dimensions,

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import cast
 
@@ -17,12 +18,14 @@ from localmoe.session import Piece, Session
 
 
 class Interrupt:
-    """Whether Ctrl+C was pressed: the first press asks, the second one insists by KeyboardInterrupt."""
+    """Whether Ctrl+C was pressed: the first press asks, unless `at_once` is set; the second insists by
+    KeyboardInterrupt."""
 
     asked = False
+    at_once = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or self.at_once:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -54,15 +57,11 @@ class Talk:
         """Draw an answer as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
         drawn = self.screen.answer()
         with silent_keyboard(), Interrupt.watched() as interrupt, self.screen.progress("reading the prompt") as bar:
-
-            def progress(done: int, total: int) -> None:
-                if interrupt.asked:
-                    raise KeyboardInterrupt
-                bar("reading the prompt", done, total)
-
-            pieces = cast("Generator[Piece]", generate(progress))
+            interrupt.at_once = True  # reading a prompt may take long; once words come, the current one is finished
+            pieces = cast("Generator[Piece]", generate(partial(bar, "reading the prompt")))
             try:
                 for piece in pieces:
+                    interrupt.at_once = False
                     bar.close()
                     drawn.write(piece.kind, piece.text)
                     if interrupt.asked:

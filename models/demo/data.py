@@ -14,13 +14,14 @@ import argparse
 import csv
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import yaml
-from talk import conversations
+from talk import conversations, echoes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 4096
@@ -29,8 +30,8 @@ BOS, END, USER, ASSISTANT, SYSTEM = range(5)
 CHATTERBOT = (
     "ai computers conversations food greetings history humor literature money movies science sports trivia".split()
 )
-HELD_OUT = {"dialogue": 0.02, "chitchat": 0.03, "chatterbot": 0.03, "talk": 0.03}
-DRAWN_CONVERSATIONS = 60_000
+HELD_OUT = {"dialogue": 0.02, "chitchat": 0.03, "chatterbot": 0.03, "talk": 0.03, "echo": 0.03}
+DRAWN_CONVERSATIONS, DRAWN_ECHOES = 60_000, 12_000
 
 Turns = list[str]  # user first, then in turn; a leading "system:" turn is told apart by its prefix
 
@@ -167,6 +168,12 @@ def split(documents: Iterable[Turns], share: float, rng: random.Random) -> tuple
     return kept, held
 
 
+def common_words(documents: list[Turns]) -> list[str]:
+    """Words of three letters and more that occur at least a hundred times in small letters."""
+    counts = Counter(word for turns in documents for turn in turns for word in re.findall(r"\b[a-z]{3,}\b", turn))
+    return sorted(word for word, count in counts.items() if count >= 100)
+
+
 def encode(tokenizer: Tokenizer, documents: list[Turns]) -> tuple[np.ndarray, np.ndarray]:
     """Token and role streams of the documents, in the chat template's form."""
     tokens: list[int] = []
@@ -215,6 +222,9 @@ def main() -> None:
     splits = {name: split(documents, HELD_OUT[name], rng) for name, documents in sources.items()}
     talk_rng = random.Random(arguments.seed + 1)
     splits["talk"] = split(conversations(DRAWN_CONVERSATIONS, talk_rng), HELD_OUT["talk"], talk_rng)
+    echo_rng = random.Random(arguments.seed + 2)
+    drawn = echoes(DRAWN_ECHOES, common_words(splits["dialogue"][0]), echo_rng)
+    splits["echo"] = split(drawn, HELD_OUT["echo"], echo_rng)
     known = arguments.out / "tokenizer.json"
     if known.exists():
         tokenizer = Tokenizer.from_file(str(known))
@@ -230,7 +240,7 @@ def main() -> None:
             kept = kept + [turns[1:] for turns in kept]
         elif name == "talk":
             kept = [typed(turns, talk_rng) for turns in kept]
-        else:
+        elif name != "echo":
             kept = joined([typed(turns, rng) for turns in kept for _ in range(2)], rng)
         rng.shuffle(kept)
         for part, documents in (("train", kept), ("held", held)):

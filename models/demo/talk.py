@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 Slots = dict[str, list[dict[str, str]]]
@@ -97,3 +97,29 @@ def conversations(count: int, rng: random.Random) -> Iterator[list[str]]:
         if rng.random() < 0.3:
             turns += block_turns(rng.choice(blocks["closing"]), slots, rng)
         yield turns
+
+
+def echoes(count: int, words: Sequence[str], rng: random.Random) -> Iterator[list[str]]:
+    """`count` conversations that cannot be learned by heart, only by looking back: words to repeat, and words as names."""
+    for _ in range(count):
+        turns: list[str] = []
+        for _ in range(rng.randint(1, 4)):
+            said = " ".join(rng.choices(words, k=rng.randint(2, 10)))
+            asked = rng.choice(("Repeat after me:", "Say", "Please say", "Can you say", "Repeat:", "Please repeat:"))
+            turns += [f"{asked} {said}", f"{rng.choice(('You said:', 'All right:', 'Okay:', 'I say'))} {said}"]
+        name, other = (word.capitalize() for word in rng.sample(words, 2))
+        animal = rng.choice(("dog", "cat", "rabbit", "horse", "bird", "friend", "brother", "sister"))
+        greeting = [
+            f"{rng.choice(('My name is', 'I am', 'Hello, my name is', 'Please call me'))} {name}.",
+            f"{rng.choice(('Nice to meet you,', 'Hello,', 'Hi,', 'Welcome,'))} {name}!",
+        ]
+        friend = [
+            f"My {animal} is called {other}.",
+            f"{rng.choice(('How nice!', 'I see!'))} Your {animal} is called {other}.",
+        ]
+        questions = [
+            ["What is my name?", f"Your name is {name}."],
+            [f"What is my {animal} called?", f"Your {animal} is called {other}."],
+        ]
+        middle = turns if rng.random() < 0.5 else []
+        yield [*greeting, *friend, *middle, *(turn for pair in rng.sample(questions, 2) for turn in pair)]

@@ -7,12 +7,14 @@ import numpy.typing as npt
 
 from localmoe.errors import SettingError
 from localmoe.kernels.cpu.build import Kernels
+from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering, padded
-from localmoe.kernels.cpu.team import Team, default_threads
+from localmoe.kernels.cpu.team import Team
 from localmoe.kernels.program import CacheLayer, Floats, Program, Progress, RopeTable
 
 ALIGNMENT = 64
+CHUNK_ENTRIES = 16  # of a chunk's tape in one native call: about a layer
 
 
 class CpuDevice:
@@ -22,8 +24,8 @@ class CpuDevice:
     name = "cpu"
 
     def __init__(self, context: int, kv_format: str, threads: int | None, progress: Progress | None = None) -> None:
-        """`threads` None takes every core this process may use. Raises SettingError for fewer than 1 or more than
-        256."""
+        """`threads` None takes the physical cores this process may use. Raises SettingError for fewer than 1 or more
+        than 256."""
         if threads is not None and not 1 <= threads <= 256:
             raise SettingError(f"{threads} threads are not possible; 1 to 256 are")
         self.context = context
@@ -98,7 +100,10 @@ class CpuPlan:
     def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
         self._input[: tokens.size] = tokens
         self._control[0], self._control[1] = tokens.size, position
-        self._device.threads_run(self._tape)
+        # A chunk of a large model takes many seconds: between these pieces Python hears Ctrl+C.
+        entries = len(self._tape) if self._program.tokens == 1 else CHUNK_ENTRIES
+        for start in range(0, len(self._tape), entries):
+            self._device.threads_run(self._tape[start : start + entries])
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:

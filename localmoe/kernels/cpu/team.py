@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import operator
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -83,11 +82,6 @@ def denormal_mode(v: Any) -> tuple[Any, Any]:
     from localmoe.kernels.cpu.vector_system import denormal_mode
 
     return denormal_mode()
-
-
-def default_threads() -> int:
-    """Every core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Team:
