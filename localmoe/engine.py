@@ -35,7 +35,7 @@ class CausalModel(Protocol):
     """What the engine asks of a model.
 
     `forward` runs 1 to `chunk` tokens at cache positions position…; `cached` is what stands in the cache, kept true by
-    `forward` itself, whoever calls it and whatever interrupts it.
+    `forward` itself, whoever calls it and whatever interrupts it. With `prompt`, even one token is part of a prompt.
     """
 
     @property
@@ -46,7 +46,7 @@ class CausalModel(Protocol):
     def cached(self) -> list[int]: ...
     @property
     def tokenizer(self) -> TextDecoder: ...
-    def forward(self, tokens: Sequence[int], position: int) -> npt.NDArray[np.float32]: ...
+    def forward(self, tokens: Sequence[int], position: int, *, prompt: bool = False) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Engine:
         stop = self.model.tokenizer.stop if stop is None else stop
         self.stats = stats = Stats(prompt_tokens=len(prompt), reused_tokens=self._reusable(prompt))
         start = perf_counter()
-        logits = self._run(prompt, progress)
+        logits = self._run(prompt, progress, prompt=True)
         stats.prefill_seconds = perf_counter() - start
 
         sampler = Sampler(settings, prompt)
@@ -136,7 +136,9 @@ class Engine:
         """How many leading tokens need not run; the last one always does, since its logits are not kept."""
         return min(common_prefix(self.model.cached, tokens), len(tokens) - 1)
 
-    def _run(self, tokens: list[int], progress: Progress | None = None) -> npt.NDArray[np.float32]:
+    def _run(
+        self, tokens: list[int], progress: Progress | None = None, *, prompt: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Runs what the cache lacks of `tokens`, chunk by chunk; returns the logits of the last one, (1, V).
 
         In decoding that is one token, unless someone else used the model since.
@@ -145,7 +147,7 @@ class Engine:
         for position in range(first, len(tokens), chunk):
             if progress:
                 progress(position - first, len(tokens) - first)
-            logits = self.model.forward(tokens[position : position + chunk], position)
+            logits = self.model.forward(tokens[position : position + chunk], position, prompt=prompt)
         if progress:
             progress(len(tokens) - first, len(tokens) - first)
         return logits

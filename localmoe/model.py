@@ -145,9 +145,13 @@ class Model:
         """The sampling settings that the file itself recommends (`general.sampling.*`)."""
         return recommended(self.metadata)
 
-    def forward(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> Floats:
+    def forward(
+        self, tokens: Sequence[int], position: int, all_logits: bool = False, *, prompt: bool = False
+    ) -> Floats:
         """Run tokens at cache positions position… -> logits of the last (1, V), or of all (T, V).
 
+        One token by itself is a decoding step, whose inputs a device may round to 8 bits; as part of a `prompt` it is
+        not, so that a prompt's bits do not depend on how it is cut or on what of it was cached.
         Raises DeviceError beyond the context, SettingError for ids outside the vocabulary.
         """
         assert position <= len(self.cached), "a hole in the cache"
@@ -162,10 +166,11 @@ class Model:
         # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
         del self.cached[position:]
         step = min(SCORE_CHUNK, self.context) if all_logits else self.chunk
+        decoding = ids.size == 1 and not all_logits and not prompt
         pieces = []
         for start in range(0, ids.size, step):
             piece = ids[start : start + step].astype(np.int32)
-            plan = self._plan(1 if piece.size == 1 and not all_logits else step, all_rows=all_logits)
+            plan = self._plan(1 if decoding else step, all_rows=all_logits)
             pieces.append(plan.run(piece, position + start))
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces) if all_logits else pieces[-1]

@@ -101,7 +101,9 @@ class FakeModel:
         self.before_call: Callable[[], None] = lambda: None
         self.closed = False
 
-    def forward(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> np.ndarray:
+    def forward(
+        self, tokens: Sequence[int], position: int, all_logits: bool = False, *, prompt: bool = False
+    ) -> np.ndarray:
         assert 1 <= len(tokens) <= self.chunk, "a step of the wrong length"
         assert position <= len(self.cached), "a hole in the cache"
         assert position + len(tokens) <= self.context, "beyond the context"

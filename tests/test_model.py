@@ -73,9 +73,9 @@ def test_the_reference_device_agrees(exact: LoadedModel) -> None:
 
 def test_a_prompt_in_chunks_gives_the_same_logits_bit_by_bit(model: LoadedModel) -> None:
     whole = model.forward(LONG, 0)
-    for cut in (2, 63, 64, 255, 258):  # not 257: a chunk of one token is a decoding step, whose inputs are rounded
-        model.forward(LONG[:cut], 0)
-        assert np.array_equal(model.forward(LONG[cut:], cut), whole), cut
+    for cut in (1, 63, 64, 255, 256, 257, 289):
+        model.forward(LONG[:cut], 0, prompt=True)
+        assert np.array_equal(model.forward(LONG[cut:], cut, prompt=True), whole), cut
     scores = model.logits(LONG)
     assert np.array_equal(
         np.concatenate([model.logits(LONG[:17]), model.forward(LONG[17:], 17, all_logits=True)]), scores
@@ -120,6 +120,15 @@ def test_generating_twice_with_a_seed_gives_the_same(model: LoadedModel) -> None
     assert tokens(model, PROMPT, settings.changed(seed=12)) != first
 
 
+def test_what_stands_in_the_cache_does_not_change_an_answer(model: LoadedModel) -> None:
+    settings = SamplingSettings(temperature=1.5, seed=5, max_tokens=6)
+    model.forward([1, 2, 3], 0)
+    fresh = tokens(model, LONG[:280], settings)
+    for cached in (279, 278, 257, 256, 23, 1):
+        model.forward(LONG[:cached], 0, prompt=True)
+        assert tokens(model, LONG[:280], settings) == fresh, cached
+
+
 def test_steps_carry_text_and_the_last_one_says_why_it_is_the_last(model: LoadedModel) -> None:
     steps = list(model.generate(PROMPT, GREEDY))
     assert [step.finish for step in steps[:-1]] == [None] * (len(steps) - 1)
@@ -160,9 +169,9 @@ def test_an_interrupt_at_any_time_leaves_the_model_ready(model: LoadedModel) -> 
     assert interrupts
 
 
-def test_two_answers_in_turns_on_one_model_do_not_disturb_each_other(model: LoadedModel) -> None:
-    alone = [tokens(model, PROMPT), tokens(model, LONG[:20])]
-    one, other = model.generate(PROMPT, GREEDY), model.generate(LONG[:20], GREEDY)
+def test_two_answers_in_turns_on_one_model_do_not_disturb_each_other(exact: LoadedModel) -> None:
+    alone = [tokens(exact, PROMPT), tokens(exact, LONG[:20])]
+    one, other = exact.generate(PROMPT, GREEDY), exact.generate(LONG[:20], GREEDY)
     mixed: list[list[int]] = [[], []]
     for a, b in zip(one, other, strict=False):
         mixed[0].append(a.token)

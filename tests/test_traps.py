@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from families import chosen_experts, in_memory, logits, relative_error
 from gguf_writing import Tensor, safetensors_bytes, write_gguf
-from paper import forward, llama3_divisors, plain_frequencies, shares, yarn_magnitude
+from paper import forward, llama3_divisors, plain_frequencies, shares, yarn_frequencies, yarn_magnitude
 from tiny import (
     BASE,
     FACTOR,
@@ -51,6 +51,7 @@ from tiny import (
 )
 
 from localmoe.arch.deepseek2 import read_router
+from localmoe.arch.rope import Rope
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.kernels.reference import choose
 from localmoe.loader.huggingface_config import config_keys
@@ -433,6 +434,21 @@ def test_yarn_outside_deepseek_scales_cos_and_sin_and_not_the_softmax() -> None:
         assert network.weights.rope.amplitude == pytest.approx(expected)
         attention = [op for op in network.program(1).ops if op.name == "attention"]
         assert {op.attributes["scale"] for op in attention} == {d**-0.5}
+
+
+@pytest.mark.parametrize(("factor", "original"), [(40.0, 4096), (36.0, 8192)], ids=["DeepSeek-V3", "Mistral Large 3"])
+def test_yarns_ramp_begins_and_ends_at_whole_dimensions(factor: float, original: int) -> None:
+    keys = {"rope__scaling__type": "yarn", "rope__scaling__factor": factor, "rope__dimension_count": 64}
+    tiny = qwen2().with_keys(**keys, rope__scaling__original_context_length=original)
+    values = {f"qwen2.{name}": value for name, value in tiny.keys.items()}
+
+    def frequencies(**more: Any) -> np.ndarray:
+        metadata = Metadata({"general.architecture": "qwen2", **values, **more}, "tiny.gguf")
+        return Rope.read(metadata, d).table("halves").inverse_frequencies
+
+    right = yarn_frequencies(64, BASE, factor, original)
+    assert frequencies() == pytest.approx(right, rel=1e-6)
+    assert np.abs(frequencies(**{"qwen2.rope.scaling.yarn_truncate": False}) / right - 1).max() > 1e-2
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def conversations(count: int, rng: random.Random) -> Iterator[list[str]]:
 
 
 def echoes(count: int, words: Sequence[str], rng: random.Random) -> Iterator[list[str]]:
-    """`count` conversations that cannot be learned by heart, only by looking back: words to repeat, and words as names."""
+    """`count` conversations that reward looking back, not learning by heart: words to repeat, words as names."""
     for _ in range(count):
         turns: list[str] = []
         for _ in range(rng.randint(1, 4)):
