@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/start.py [MODEL.gguf] [--repeat 7]
 
-The first run of a fresh kernel cache is timed too (in a temporary LOCALMOE_CACHE). Then a header is measured with tensors of
-16 MB and of 16 GB behind it, as sparse files. Medians and the range; run it on an idle machine.
+The first run of a fresh kernel cache is timed too (in a temporary LOCALMOE_CACHE). Then a header is measured with
+tensors of 16 MB and of 16 GB behind it, as sparse files. Medians and the range; run it on an idle machine.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import faulthandler
+import gc
 import operator
 import signal
 import sys
@@ -161,3 +162,15 @@ def test_an_interrupt_at_any_time_leaves_the_team_in_step(kernels: Kernels) -> N
         signal.signal(signal.SIGALRM, before)
     assert tape.run(team) == 60
     team.close()
+
+
+def test_a_model_that_is_dropped_without_close_takes_its_threads_along() -> None:
+    """A worker may still be on its way out of the machine code that goes away with the device."""
+    from localmoe.loader.locate import bundled
+    from localmoe.model import Model
+
+    before = threading.active_count()
+    for _ in range(6):
+        Model(bundled(), threads=2, context=64).forward([1, 2, 3], 0)
+    gc.collect()
+    assert threading.active_count() == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import numpy.typing as npt
 
@@ -48,6 +50,7 @@ class CpuDevice:
         """Walk a tape, (entries, 2) of kernel and argument block addresses, with all threads."""
         if self.team is None:
             self.team = Team(self.threads, self.kernels.address("run_tape"))
+            self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
         self.team.run(tape.ctypes.data, len(tape))
 
     def cache(self, layer: CacheLayer) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic] | None]:
@@ -72,7 +75,7 @@ class CpuDevice:
 
     def close(self) -> None:
         if self.team is not None:
-            self.team.close()
+            self._dismiss()
             self.team = None
         self._caches.clear()
 
