@@ -46,7 +46,9 @@ TemplateName = Annotated[
     str | None, typer.Option("--template", metavar="NAME|FILE", help="Chat template instead of the model's own.")
 ]
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")
+]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
 Lazy = Annotated[
     str,

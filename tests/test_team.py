@@ -22,7 +22,7 @@ from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import Kernels, kernel
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.team import Team
+from localmoe.kernels.cpu.team import SPINS, Patience, Team
 
 
 @kernel("test_turns", 3)
@@ -174,3 +174,16 @@ def test_a_model_that_is_dropped_without_close_takes_its_threads_along() -> None
         Model(bundled(), threads=2, context=64).forward([1, 2, 3], 0)
     gc.collect()
     assert threading.active_count() == before
+
+
+def test_a_team_that_sleeps_at_most_barriers_stops_spinning_and_tries_again_ever_more_rarely() -> None:
+    patience, tried = Patience(), []
+    for step in range(200):
+        if patience.spins == SPINS:
+            tried.append(step)
+        patience.learn(entries=100, sleeps=90)
+    assert tried == [0, 17, 50, 115]
+    while patience.spins != SPINS:
+        patience.learn(entries=100, sleeps=100)
+    patience.learn(entries=100, sleeps=3)
+    assert patience.spins == SPINS

@@ -1,7 +1,8 @@
 """The thread team and the loop each of its threads runs: op after op of a tape, with a barrier between; knows no op.
 
-A tape entry is (kernel address, argument block address). The barrier spins, then sleeps on a futex (Linux) or yields:
-pure spinning falls to 40 µs an op when a core is shared, 0.3 µs otherwise.
+A tape entry is (kernel address, argument block address). The barrier spins, then sleeps on a futex (Linux): 0.3 µs an
+op while every thread has a core. Where a core is shared with another program, spinning only keeps the system from
+putting the waiting thread to use, and a step gets ten times slower: see `Patience`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
 
-SPINS = 2000
-_LINE = 64  # bytes: arrivals, generation and sleepers each have a cache line of their own
+SPINS, FEW_SPINS = 2000, 8  # pauses before a thread sleeps: 2000 are some 30 µs
+_LINE = 64  # bytes: arrivals, generation, sleepers and the count of sleeps each have a cache line of their own
 
 
 @kernel("run_tape", 6)
@@ -49,6 +50,7 @@ def run_tape(v: Any) -> Any:
                         turns += 1
                         if turns > spins:
                             v.atomic_add(sync + 128, 1)
+                            v.atomic_add(sync + 192, 1)
                             if v.atomic_load(sync + 64) == generation:
                                 sleep(sync + 64, generation)
                             v.atomic_add(sync + 128, -1)
@@ -84,6 +86,35 @@ def denormal_mode(v: Any) -> tuple[Any, Any]:
     return denormal_mode()
 
 
+class Patience:
+    """How long threads spin at a barrier before they sleep, from what the last steps were like.
+
+    With a core for each thread, a step that may spin sleeps at hardly any barrier (0 to 4 % measured); with another
+    program on one of the cores it sleeps at nearly all. Then the next steps sleep at once, 16 of them, twice as many
+    each time that spinning fails again.
+    """
+
+    LEAST, MOST = 16, 1024
+
+    def __init__(self) -> None:
+        self._sleepy_steps = 0
+        self._penalty = self.LEAST
+
+    @property
+    def spins(self) -> int:
+        """For the next step."""
+        return FEW_SPINS if self._sleepy_steps else SPINS
+
+    def learn(self, entries: int, sleeps: int) -> None:
+        """A step of so many entries slept so many times, all threads together."""
+        if self._sleepy_steps:
+            self._sleepy_steps -= 1
+        elif 2 * sleeps > entries:
+            self._sleepy_steps, self._penalty = self._penalty, min(2 * self._penalty, self.MOST)
+        else:
+            self._penalty = self.LEAST
+
+
 class Team:
     """`threads` threads, the caller's among them, that wait between steps without using a core."""
 
@@ -92,9 +123,11 @@ class Team:
         self._walk = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(
             walk_address
         )  # a call through ctypes lets go of the GIL
-        self._memory = np.zeros(4 * _LINE, np.uint8)
+        self._memory = np.zeros(5 * _LINE, np.uint8)
         self._sync = self._memory.ctypes.data + (-self._memory.ctypes.data % _LINE)
-        self._job = (0, 0)
+        self._slept = ctypes.c_int64.from_address(self._sync + 3 * _LINE)
+        self._patience = Patience()
+        self._job = (0, 0, self._sync, SPINS)
         self._closed = False
         self._gates = [threading.Lock() for _ in range(threads - 1)]  # held by its worker; the caller releases it
         self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(threads - 1)]
@@ -104,12 +137,14 @@ class Team:
 
     def run(self, tape: int, entries: int) -> None:
         """Run a tape of one or more entries with all threads; returns when every one has come to the last barrier."""
-        self._job = (tape, entries)
-        walk = partial(self._walk, tape, entries, self._sync, SPINS, 0, self.threads)
+        self._job = job = (tape, entries, self._sync, self._patience.spins)
+        slept = self._slept.value
+        walk = partial(self._walk, *job, 0, self.threads)
         # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
         # without the others.
         steps: list[Callable[[], None]] = [*(gate.release for gate in self._gates), walk]
         deque(map(operator.call, steps), maxlen=0)
+        self._patience.learn(entries, self._slept.value - slept)
 
     def close(self) -> None:
         self._closed = True
@@ -123,4 +158,4 @@ class Team:
             self._gates[index].acquire()
             if self._closed:
                 return
-            self._walk(*self._job, self._sync, SPINS, index + 1, self.threads)
+            self._walk(*self._job, index + 1, self.threads)
