@@ -160,11 +160,9 @@ class Engine:
         return "context" if self.stats.prompt_tokens + self.stats.generated_tokens > self.model.context else None
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading tokens two lists share."""
-    if a == b[: len(a)]:  # the usual case, at C's speed
-        return len(a)
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:  # the case of every generated token, and quick
+        return shorter
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.formats import Weight
-from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope
+from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope, router
 from localmoe.kernels.cpu.arguments import Argument, At, Function
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
 
@@ -188,7 +188,7 @@ LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "cache_append": attention.lower_cache_append,
     "attention": attention.lower_attention,
     "glu": activation.lower_glu,
-    "route": experts.lower_route,
+    "route": router.lower_route,
     "experts": experts.lower_experts,
     "add": activation.lower_add,
     "last_row": activation.lower_last_row,

@@ -1,0 +1,119 @@
+"""Routing on the cpu: which experts a token goes to, and with which shares; the contract is `ops.Ops.route`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localmoe.kernels.cpu.arguments import row_count, slots
+from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.program import Op, Router
+
+if TYPE_CHECKING:
+    from localmoe.kernels.cpu.lower import Lowering
+
+
+@kernel("route", 3)
+def route(v: Any) -> Any:
+    """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid, bias (0: none), groups, groups
+    used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread."""
+    slot, rows = slots(v), row_count(v)
+    scores_of, mask_groups, best = _scores(v), _mask_groups(v), _best(v)
+
+    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+        tokens, count, used, bias = rows(a), slot(a, 3), slot(a, 6), slot(a, 8)
+        scores = slot(a, 14) + thread * slot(a, 15)
+        standing = scores + 4 * ((count + 15) // 16 * 16)
+        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            scores_of(slot(a, 2) + 4 * t * count, scores, count, slot(a, 7))
+            for e in range(0, 4 * count, 4):
+                s = v.load(v.float32, scores + e)
+                v.store(standing + e, s + v.load(v.float32, bias + e) if bias != 0 else s)
+            if slot(a, 9) > 1:
+                mask_groups(standing, count, slot(a, 9), slot(a, 10), slot(a, 11))
+            total = np.float32(0)
+            ids, shares = slot(a, 4) + 4 * t * used, slot(a, 5) + 4 * t * used
+            for c in range(0, 4 * used, 4):
+                e = best(standing, count)
+                s = v.load(v.float32, scores + 4 * e)
+                v.store(standing + 4 * e, np.float32(-np.inf))
+                v.store(ids + c, v.convert(v.int32, e))
+                v.store(shares + c, s)
+                total += s
+            scale = v.load(v.float32, a + 104)
+            if slot(a, 12) == 1:
+                scale = scale / (total + np.float32(1e-20))
+            for c in range(0, 4 * used, 4):
+                v.store(shares + c, v.load(v.float32, shares + c) * scale)
+
+    return run
+
+
+def _scores(v: Any) -> Any:
+    def scores_of(logits, scores, count, sigmoid):  # type: ignore[no-untyped-def]
+        one = v.splat(v.f32, np.float32(1))
+        highest = np.float32(-np.inf)
+        for e in range(count):
+            x = v.load(v.float32, logits + 4 * e)
+            v.store(scores + 4 * e, x)
+            highest = max(highest, x)
+        for e in range(0, 4 * count, 4 * v.lanes):
+            x = v.load(v.f32, scores + e)
+            v.store(scores + e, one / (one + v.exp(-x)) if sigmoid == 1 else v.exp(x - v.splat(v.f32, highest)))
+        if sigmoid != 1:
+            total = np.float32(0)
+            for e in range(count):
+                total += v.load(v.float32, scores + 4 * e)
+            for e in range(count):
+                v.store(scores + 4 * e, v.load(v.float32, scores + 4 * e) / total)
+
+    return v.function(scores_of)
+
+
+def _best(v: Any) -> Any:
+    def best(values, count):  # type: ignore[no-untyped-def]
+        chosen, highest = 0, v.load(v.float32, values)
+        for e in range(1, count):
+            x = v.load(v.float32, values + 4 * e)
+            if x > highest:
+                chosen, highest = e, x
+        return chosen
+
+    return v.function(best)
+
+
+def _mask_groups(v: Any) -> Any:
+    best = _best(v)
+
+    def mask_groups(standing, count, groups, kept, two):  # type: ignore[no-untyped-def]
+        width, strength = count // groups, standing + 4 * ((count + 15) // 16 * 16)
+        for g in range(groups):
+            first, second = np.float32(-np.inf), np.float32(-np.inf)
+            for e in range(g * width, (g + 1) * width):
+                x = v.load(v.float32, standing + 4 * e)
+                if x > first:
+                    first, second = x, first
+                elif x > second:
+                    second = x
+            v.store(strength + 4 * g, first + second if two == 1 else first)
+        for _ in range(kept):
+            v.store(strength + 4 * best(strength, groups), np.float32(-np.inf))
+        for g in range(groups):
+            if v.load(v.float32, strength + 4 * g) > np.float32(-np.inf):  # not among the kept: these were lowered
+                for e in range(g * width, (g + 1) * width):
+                    v.store(standing + 4 * e, np.float32(-np.inf))
+
+    return v.function(mask_groups)
+
+
+def lower_route(lowering: Lowering, op: Op) -> None:
+    (logits,), (ids, shares) = op.inputs, op.outputs
+    r: Router = op.attributes["router"]
+    count = logits.shape[1]
+    bias = lowering.floats(op.weights[0]) if op.weights else 0
+    nbytes = 4 * (2 * (-(-count // 16) * 16) + -(-max(r.groups, 16) // 16) * 16)
+    place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares))
+    choice = (r.used, int(r.score == "sigmoid"), bias)
+    groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
+    lowering.emit("route", logits, *place, *choice, *groups, lowering.temporary(nbytes * lowering.threads), nbytes)
