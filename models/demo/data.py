@@ -1,11 +1,11 @@
 """Build the demo model's data set: cleaned chat turns, a byte-level BPE tokenizer, token streams; knows no model.
 
-    python data.py CORPORA OUT [--seed 1]
+    python data.py CORPORA OUT [--seed 1] [--tokenizer-of MODEL.gguf]
 
-Writes OUT/tokenizer.json (kept where it is there) and OUT/data.npz with, per source and split, `tokens` (uint16)
-and `roles` (uint8: 0 frame or system, 1 user, 2 assistant) of all documents one after another, each begun by <|bos|>.
-Used: self-dialogue (BSD-3), chitchat (MIT), chatterbot-english (BSD-3) and the dialogues of talk.py (our own). Left
-out: Shakespeare and the Wizard of Oz (no small talk), gsm8k (beyond a model of this size), wikitext2 (licence).
+Writes OUT/tokenizer.json and OUT/data.npz with, per source and split, `tokens` (uint16) and `roles` (uint8: 0 frame or
+system, 1 user, 2 assistant) of all documents one after another, each begun by <|bos|>. Used: self-dialogue (BSD-3),
+chitchat (MIT), chatterbot-english (BSD-3) and the dialogues of talk.py (our own). Left out: Shakespeare and the Wizard
+of Oz (no small talk), gsm8k (beyond a model of this size), wikitext2 (licence).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import gguf
 import numpy as np
 import yaml
 from talk import conversations, echoes
@@ -205,10 +206,23 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def stored_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file that export.py wrote."""
+    fields = gguf.GGUFReader(path).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer-of", type=Path, help="take the tokenizer of this GGUF file, do not train one")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -225,13 +239,11 @@ def main() -> None:
     echo_rng = random.Random(arguments.seed + 2)
     drawn = echoes(DRAWN_ECHOES, common_words(splits["dialogue"][0]), echo_rng)
     splits["echo"] = split(drawn, HELD_OUT["echo"], echo_rng)
-    known = arguments.out / "tokenizer.json"
-    if known.exists():
-        tokenizer = Tokenizer.from_file(str(known))
+    if arguments.tokenizer_of:
+        tokenizer = stored_tokenizer(arguments.tokenizer_of)
     else:
         tokenizer = train_tokenizer(turn for name in sources for turns in splits[name][0] for turn in turns)
-        tokenizer.save(str(known))
-
+    tokenizer.save(str(arguments.out / "tokenizer.json"))
     kept, held = splits["chitchat"]
     splits["chitchat"] = [t for t in kept if not IDENTITY.search(t[0])], [t for t in held if not IDENTITY.search(t[0])]
     streams = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 import model
 import numpy as np
 import torch
+from data import stored_tokenizer
 from export import read_weights
 from model import Shape, Weights
 from tokenizers import Tokenizer
@@ -88,13 +89,17 @@ def reply(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("data", type=Path, help="folder written by data.py")
+    parser.add_argument("data", type=Path, help="folder written by data.py --tokenizer-of")
     parser.add_argument("--tokens", type=int, default=60_000, help="held-out tokens of each source, at most")
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     s, weights = Shape(), read_weights(arguments.gguf)
-    tokenizer = Tokenizer.from_file(str(arguments.data / "tokenizer.json"))
+    tokenizer = stored_tokenizer(arguments.gguf)
+    if tokenizer.get_vocab() != Tokenizer.from_file(str(arguments.data / "tokenizer.json")).get_vocab():
+        raise SystemExit(
+            f"{arguments.data} was built with another tokenizer: use data.py --tokenizer-of {arguments.gguf}"
+        )
     data = np.load(arguments.data / "data.npz")
 
     print("| held-out text | tokens | bytes per token | unigram | bigram | model | model, bits per byte |")

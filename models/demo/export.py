@@ -47,7 +47,7 @@ def write_metadata(writer: gguf.GGUFWriter, s: Shape) -> None:
     writer.add_languages(["en"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_sampling_temp(0.6)
+    writer.add_sampling_temp(0.5)
     writer.add_sampling_top_k(40)
     writer.add_sampling_top_p(0.9)
     writer.add_sampling_min_p(0.05)
