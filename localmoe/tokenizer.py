@@ -156,7 +156,8 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]:
         """Token ids of `text`. `special`: control tokens written in it are recognised; else they are plain text.
 
-        `bos` None adds BOS and EOS as the file says, False never, True BOS whenever there is one.
+        `bos` None adds BOS and EOS as the file says, False never, True BOS whenever there is one; a text that begins
+        with BOS itself gets no second one.
         """
         engine = self._vocabulary.engine
         if engine.encode_special_tokens == special:
@@ -165,7 +166,7 @@ class Tokenizer:
             ids: list[int] = engine.encode(text, add_special_tokens=False).ids
         except Exception as error:  # `tokenizers` raises nothing more particular
             raise TokenizerError(f"text that cannot be tokenised: {error}") from error
-        if self.bos is not None and (self.add_bos if bos is None else bos):
+        if self.bos is not None and (self.add_bos if bos is None else bos) and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
         if bos is None and self.add_eos and self.eos is not None:
             ids.append(self.eos)

@@ -58,3 +58,11 @@ def test_its_answers_end_by_themselves_as_sentences(model: LoadedModel) -> None:
 
 def test_its_own_sampling_is_taken_up(model: LoadedModel) -> None:
     assert model.recommended["temperature"] == pytest.approx(0.5)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(model: LoadedModel) -> None:
+    tokenizer = model.tokenizer
+    assert tokenizer.bos is not None
+    written = tokenizer.token(tokenizer.bos) + "Hello"
+    assert tokenizer.encode(written) == tokenizer.encode("Hello") == tokenizer.encode(written, bos=True)
+    assert tokenizer.encode("Hello").count(tokenizer.bos) == 1
