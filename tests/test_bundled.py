@@ -34,6 +34,7 @@ def test_it_is_a_small_deepseek_style_mixture_of_experts() -> None:
     assert network.config.kv_lora_rank and network.config.expert_count >= 16
     assert network.config.expert_shared_feed_forward_length
     assert 1 <= network.config.router.used < network.config.expert_count
+    assert network.trained_context == 512
     assert dict(dict(report(bundled()))["model"])["licence"] == "apache-2.0"
 
 
