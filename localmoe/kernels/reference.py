@@ -22,6 +22,11 @@ def dequantise(data: Bytes, format: Format) -> Floats:
         return data.view(np.float32)
     if format.name == "F16":
         return data.view(np.float16).astype(np.float32)
+    if format.name == "Q1_0":  # the gguf package lacks it: a float16 scale, then 128 sign bits, a set one positive
+        blocks = data.reshape(-1, format.nbytes)
+        scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+        signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(bool)
+        return np.where(signs, scale, -scale).reshape(-1)
     from gguf import GGMLQuantizationType, quants
 
     try:
