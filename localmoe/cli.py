@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -312,6 +312,16 @@ def complete(screen: Screen, model: Model, text: str, settings: SamplingSettings
         screen.verbatim("\n")
 
 
+def give_up(message: str) -> NoReturn:
+    """One line on standard error, exit status 2."""
+    from localmoe.repl.render import visible
+
+    print(f"localmoe: {visible(message).replace(chr(10), ' ')}", file=sys.stderr)
+    with suppress(OSError, AttributeError, ValueError):  # what could not be written must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(2)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command `localmoe`; ends by SystemExit: 0, 2 for what the user can mend, 1 for a bug, 130 after Ctrl+C."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -320,11 +330,13 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")  # type: ignore[union-attr]
     try:
         app(words, prog_name="localmoe")
+        sys.stdout.flush()
     except LocalMoeError as error:
-        from localmoe.repl.render import visible
-
-        print(f"localmoe: {visible(str(error)).replace(chr(10), ' ')}", file=sys.stderr)
-        sys.exit(2)
+        give_up(str(error))
+    except OSError as error:  # a full disk, a device that went away: not ours to mend, and no bug
+        give_up(f"{error.filename or 'the output'}: {error.strerror or error}")
+    except MemoryError:
+        give_up("memory ran out; a smaller --context needs less")
     except Exception as error:
         debug = "--debug" in words or os.environ.get("LOCALMOE_DEBUG", "0") != "0"
         if debug:

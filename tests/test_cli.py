@@ -318,3 +318,24 @@ def test_the_manual_is_up_to_date() -> None:
 def test_python_dash_m_is_the_command_too() -> None:
     with python("import runpy; runpy.run_module('localmoe', run_name='__main__')", "--help") as process:
         assert b"chat" in process.communicate(timeout=30)[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_and_no_bug() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "localmoe", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "localmoe: the output: No space left on device\n")
+
+
+def test_memory_that_runs_out_is_one_line_and_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("localmoe.cli.app", no_memory)
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat"])
+    assert capsys.readouterr().err == "localmoe: memory ran out; a smaller --context needs less\n"
