@@ -276,6 +276,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
     ]
     if followed:
         screen.notice(f"(sampling as the model recommends: {', '.join(followed)})")
+    if model.context > model.trained_context:
+        screen.notice(f"(the model was trained on {model.trained_context} tokens: beyond them its answers get worse)")
     for entry in not_followed(model.metadata):
         screen.notice(f"(the model recommends {entry}, which is not implemented)")
     screen.line()

@@ -110,6 +110,11 @@ class Model:
         return self.source.nbytes
 
     @property
+    def trained_context(self) -> int:
+        """Tokens of the longest text that the model was trained on."""
+        return self.network.trained_context
+
+    @property
     def threads(self) -> int:
         return self.device.threads
 

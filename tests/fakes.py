@@ -90,7 +90,7 @@ class FakeModel:
         self, replies: Mapping[str, str | list[int]] | None = None, *, context: int = 512, chunk: int = 16
     ) -> None:
         self.replies = replies or {}
-        self.context, self.chunk = context, chunk
+        self.context, self.chunk, self.trained_context = context, chunk, 512
         self.tokenizer = ByteTokenizer()
         self.template: PlainTemplate | None = PlainTemplate()
         self.reasoning: tuple[str, str] | None = None

@@ -143,6 +143,15 @@ def test_chat_tells_which_recommendation_it_cannot_follow(
     assert "(the model recommends general.sampling.mirostat = 2, which is not implemented)" in capsys.readouterr().out
 
 
+def test_chat_tells_when_the_context_is_longer_than_the_trained_one(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.trained_context = 256
+    pipe_in(monkeypatch, "")
+    assert call("chat", "x.gguf") == 0
+    assert "trained on 256 tokens" in capsys.readouterr().out
+
+
 def test_chat_without_a_model_opens_the_bundled_one(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmoe.loader.locate.bundled", lambda: Path("demo.gguf"))
     pipe_in(monkeypatch, "")
