@@ -155,8 +155,8 @@ class Model:
     ) -> Floats:
         """Run tokens at cache positions position… -> logits of the last (1, V), or of all (T, V).
 
-        One token by itself is a decoding step, whose inputs a device may round to 8 bits; as part of a `prompt` it is
-        not, so that a prompt's bits do not depend on how it is cut or on what of it was cached.
+        One token by itself is a decoding step, whose inputs a device may round to 8 bits; as part of a `prompt` it runs
+        as a chunk does, so that a prompt's bits do not depend on how it is cut or on what of it was cached.
         Raises DeviceError beyond the context, SettingError for ids outside the vocabulary.
         """
         assert position <= len(self.cached), "a hole in the cache"

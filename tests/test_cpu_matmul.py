@@ -109,7 +109,7 @@ def products(which: str, name: str, rows: Bytes, x: Floats, cuts: tuple[int, ...
     """(T, rows) through pack_panel and gemm, rows cut into calls; panels, scratch and out poisoned before."""
     chosen, (tokens, columns) = isa.named(which), x.shape
     width = gemm.panel_tokens(chosen)
-    panels = poisoned(-(-tokens // width), gemm.panel_nbytes(chosen, columns) // 4)
+    panels = poisoned(-(-tokens // width), gemm.panels_nbytes(chosen, 1, columns) // 4)
     function(which, "pack_panel", 5)(x.ctypes.data, x.strides[0], tokens, columns, panels.ctypes.data)
     out, scratch = poisoned(tokens + 1, len(rows)), poisoned(gemm.scratch_nbytes(tokens, chosen) // 4 + 1)
     bounds = (0, *cuts, len(rows))

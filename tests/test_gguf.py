@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from pathlib import Path
@@ -308,11 +309,16 @@ def test_metadata_reads_what_is_there_and_falls_back_on_defaults() -> None:
     meta.finish()
 
 
-def test_per_layer_values_are_scalars_or_arrays() -> None:
-    meta = metadata(one=4, each=np.array([1, 2, 3], np.int32), floats=[0.5, 1.5])
-    assert (meta.ints("one", 3), meta.ints("each", 3), meta.floats("floats", 2)) == ([4, 4, 4], [1, 2, 3], [0.5, 1.5])
-    with pytest.raises(FileFormatError, match=r"'llama.each' is 'an array of 3', expected one number or 4"):
-        meta.ints("each", 4)
+def test_a_per_layer_array_is_read_where_all_layers_agree_and_refused_where_they_differ() -> None:
+    meta = metadata(same=np.array([4, 4, 4], np.int32), listed=[0.5, 0.5], flags=[True, True], one=[7])
+    assert (meta.int("same"), meta.float("listed"), meta.bool("flags"), meta.int("one")) == (4, 0.5, True, 7)
+    assert type(meta.int("same")) is int
+    meta.expect("same", 4)
+    for differing in (np.array([4, 8], np.int32), [4, 8], [], np.array([], np.int32)):
+        with pytest.raises(FileFormatError, match=r"'llama.n' is .*, expected a whole number"):
+            metadata(n=differing).int("n")
+    with pytest.raises(FileFormatError, match=r"expected a finite number"):
+        metadata(x=[math.nan, math.nan]).float("x")
 
 
 @pytest.mark.parametrize(

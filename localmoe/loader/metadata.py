@@ -28,7 +28,8 @@ class Metadata:
     """The keys of one file. `key` is relative to the architecture: "block_count" reads "llama.block_count".
 
     Every reader raises FileFormatError naming the key when it is missing (and no default is given), of another type or
-    out of range.
+    out of range. Newer files write some counts as one number per layer: read as a number where all layers agree, and
+    refused where they differ.
     """
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
@@ -61,15 +62,6 @@ class Metadata:
         if not isinstance(found, builtins.str):
             raise self._wrong(key, found, "a string")
         return found
-
-    def ints(self, key: builtins.str, count: builtins.int, default: builtins.int | None = None) -> list[builtins.int]:
-        """One whole number per layer (or whatever is counted): an array of `count`, or a scalar repeated."""
-        return [self._int(key, found) for found in self._several(key, count, default)]
-
-    def floats(
-        self, key: builtins.str, count: builtins.int, default: builtins.float | None = None
-    ) -> list[builtins.float]:
-        return [self._float(key, found) for found in self._several(key, count, default)]
 
     def expect(self, key: builtins.str, *allowed: Any, absent_ok: builtins.bool = True) -> None:
         """Refuses, with UnsupportedError, a file whose `key` has a value other than those that are implemented."""
@@ -109,15 +101,7 @@ class Metadata:
         found = self.values.get(self._full(key), default)
         if found is None:
             raise FileFormatError(f"{self.origin}: key {shown(self._full(key))} is missing")
-        return found
-
-    def _several(self, key: builtins.str, count: builtins.int, default: Any) -> list[Any]:
-        found = _plain(self._value(key, default))
-        if not isinstance(found, list):
-            return [found] * count
-        if len(found) != count:
-            raise self._wrong(key, f"an array of {len(found)}", f"one number or {count}")
-        return found
+        return _uniform(found)
 
     def _int(self, key: builtins.str, found: Any) -> builtins.int:
         if not isinstance(found, builtins.int) or isinstance(found, builtins.bool) or not 0 <= found < INT_LIMIT:
@@ -134,6 +118,14 @@ class Metadata:
     def _wrong(self, key: builtins.str, found: Any, expected: builtins.str) -> FileFormatError:
         name = shown(self._full(key))
         return FileFormatError(f"{self.origin}: key {name} is {shown(_plain(found))}, expected {expected}")
+
+
+def _uniform(value: Any) -> Any:
+    """One number for a per-layer array that holds the same in every layer; anything else as it is."""
+    if not isinstance(value, (list, np.ndarray)) or not len(value):
+        return value
+    same = bool((value == value[0]).all()) if isinstance(value, np.ndarray) else value.count(value[0]) == len(value)
+    return (value[0].item() if isinstance(value, np.ndarray) else value[0]) if same else value
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ def embed(v: Any) -> Any:
     """Arguments: control, rows, ids, out, weights, row bytes, columns, dequantise kernel."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, ids, out, columns = rows(a), slot(a, 2), slot(a, 3), slot(a, 6)
         for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
             row = v.load(v.int32, ids + 4 * t) * slot(a, 5)
@@ -36,14 +36,14 @@ def embed(v: Any) -> Any:
 def _glu(v: Any, silu: bool) -> Any:
     slot, rows = slots(v), row_count(v)
 
-    def activate(gate):  # type: ignore[no-untyped-def]
+    def activate(gate):
         one = v.splat(v.f32, np.float32(1))
         sigmoid = one / (one + v.exp(-gate))
         return gate * sigmoid if silu else sigmoid
 
     activated = v.function(activate)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, gate, up, out, width = rows(a), slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5)
         if slot(a, 6) == 1:
             for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
@@ -76,7 +76,7 @@ def add(v: Any) -> Any:
     """Arguments: control, rows, a, b, out, width."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         blocks = (rows(a) * slot(a, 5) + v.lanes - 1) // v.lanes
         for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
             at = 4 * v.lanes * i
@@ -91,7 +91,7 @@ def concat(v: Any) -> Any:
     width."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         heads, width = slot(a, 2), slot(a, 7) + slot(a, 11)
         units = rows(a) * heads
         for row in range(units * thread // threads, units * (thread + 1) // threads):
@@ -110,7 +110,7 @@ def last_row(v: Any) -> Any:
     """Arguments: control, rows, x, out, width."""
     slot = slots(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         width = slot(a, 4)
         source = slot(a, 2) + 4 * width * (slot(slot(a, 0), 0) - 1)
         for i in range(width * thread // threads, width * (thread + 1) // threads):

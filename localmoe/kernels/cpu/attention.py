@@ -22,7 +22,7 @@ def _cache_append(v: Any, element: int) -> Any:
     slot, rows, position = slots(v), row_count(v), step_position(v)
     put = v.store_half if element == 2 else v.store
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         heads, context = slot(a, 2), slot(a, 16)
         units, first = rows(a) * heads, position(a)
         for part in range(3, 3 + 6 * slot(a, 15), 6):
@@ -55,7 +55,7 @@ def _attention(v: Any, element: int) -> Any:
     cached = v.load_half if element == 2 else v.load
     weigh, gather = _weigh(v, element, cached), _gather(v, element, cached)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         q, heads, key_width, out, value_width = slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5), slot(a, 6)
         kv_heads, keys, key_padded, values, value_row = slot(a, 7), slot(a, 8), slot(a, 9), slot(a, 10), slot(a, 11)
         context, window, scale, factors = slot(a, 12), slot(a, 13), v.load(v.float32, a + 112), slot(a, 15)
@@ -84,7 +84,7 @@ def _attention(v: Any, element: int) -> Any:
 def _weigh(v: Any, element: int, cached: Any) -> Any:
     """Scores of one query against `count` key rows, as exp(score - highest); returns 1 / their sum."""
 
-    def weigh(query, keys, width, count, scores):  # type: ignore[no-untyped-def]
+    def weigh(query, keys, width, count, scores):
         for s in range(count):
             dot = v.zero(v.f32)
             row = keys + s * width * element
@@ -110,7 +110,7 @@ def _weigh(v: Any, element: int, cached: Any) -> Any:
 def _gather(v: Any, element: int, cached: Any) -> Any:
     """The weighted sum of `count` value rows, four vectors of columns at a time, times `share`."""
 
-    def gather(scores, values, row_width, used, count, share, out):  # type: ignore[no-untyped-def]
+    def gather(scores, values, row_width, used, count, share, out):
         whole = used - used % (4 * v.lanes)
         for i in range(0, whole, 4 * v.lanes):
             y0, y1, y2, y3 = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32)

@@ -31,7 +31,7 @@ def experts_gemv(v: Any) -> Any:
     columns, rows."""
     slot = slots(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         for w in range(a + 40, a + 40 + 64 * slot(a, 4), 64):
             height = slot(w, 7)
             units = height * slot(a, 3)
@@ -53,7 +53,7 @@ def experts_group(v: Any) -> Any:
     slot, rows = slots(v), row_count(v)
     wide = gemm.panel_tokens(v.isa)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         if thread > 0:
             return
         ids, count, places, starts, panels = slot(a, 2), slot(a, 4), slot(a, 5), slot(a, 6), slot(a, 7)
@@ -87,7 +87,7 @@ def experts_gather(v: Any) -> Any:
     out, columns."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         used, columns = slot(a, 4), slot(a, 7)
         choices = rows(a) * used
         for i in range(choices * thread // threads, choices * (thread + 1) // threads):
@@ -105,7 +105,7 @@ def experts_pack(v: Any) -> Any:
     slot = slots(v)
     wide = gemm.panel_tokens(v.isa)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         columns, starts = slot(a, 3), slot(a, 4)
         while True:
             e = v.atomic_add(slot(a, 9), 1)
@@ -128,7 +128,7 @@ def experts_gemm(v: Any) -> Any:
     block = v.stack(8 * gemm.ARGUMENTS)
     wide = gemm.panel_tokens(v.isa)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         columns, starts, count, height, b = slot(a, 2), slot(a, 3), slot(a, 5), slot(a, 11), block()
         pieces = (height + EXPERT_ROWS - 1) // EXPERT_ROWS
         while True:
@@ -160,7 +160,7 @@ def experts_combine(v: Any) -> Any:
     order), out, columns."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         used, columns, places = slot(a, 4), slot(a, 7), slot(a, 5)
         blocks = rows(a) * columns
         for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):

@@ -26,9 +26,10 @@ def panel_tokens(isa: Isa) -> int:
     return 2 * isa.lanes
 
 
-def panel_nbytes(isa: Isa, columns: int) -> int:
-    """Bytes of one panel; T tokens need ceil(T / panel_tokens) of them, one after the other."""
-    return columns * panel_tokens(isa) * 4
+def panels_nbytes(isa: Isa, tokens: int, columns: int) -> int:
+    """Bytes of the panels that so many tokens need, one after the other."""
+    width = panel_tokens(isa)
+    return (tokens + width - 1) // width * width * columns * 4
 
 
 def scratch_nbytes(tokens: int, isa: Isa) -> int:

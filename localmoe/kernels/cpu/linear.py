@@ -27,7 +27,7 @@ def quantise_rows(v: Any) -> Any:
     columns, quantiser."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         heads = slot(a, 5)
         units = rows(a) * heads
         for row in range(units * thread // threads, units * (thread + 1) // threads):
@@ -43,7 +43,7 @@ def gemv_weights(v: Any) -> Any:
     weights, row bytes, activations, out, columns, rows, bias (0: none)."""
     slot = slots(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         for w in range(a + 24, a + 24 + 64 * slot(a, 2), 64):
             start, stop = slot(w, 6) * thread // threads, slot(w, 6) * (thread + 1) // threads
             v.call(slot(w, 0), slot(w, 1), slot(w, 2), slot(w, 3), slot(w, 4), slot(w, 5), start, stop)
@@ -61,7 +61,7 @@ def pack_rows(v: Any) -> Any:
     slot, rows = slots(v), row_count(v)
     wide = gemm.panel_tokens(v.isa)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, stride, columns = rows(a), slot(a, 3), slot(a, 4)
         panels = (tokens + wide - 1) // wide
         for p in range(panels * thread // threads, panels * (thread + 1) // threads):
@@ -80,7 +80,7 @@ def gemm_weights(v: Any) -> Any:
     block = v.stack(8 * gemm.ARGUMENTS)
     strip = gemm.STRIP_ROWS
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, b = rows(a), block()
         for w in range(a + 64, a + 64 + 48 * slot(a, 2), 48):
             count, out = slot(w, 4), slot(w, 3)
@@ -115,7 +115,7 @@ def gemv_heads(v: Any) -> Any:
     matrices, row bytes, activations, their token and head strides (bytes), out, columns, rows of a matrix."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, heads, height = rows(a), slot(a, 2), slot(a, 11)
         units = tokens * heads
         for unit in range(units * thread // threads, units * (thread + 1) // threads):
@@ -135,7 +135,7 @@ def gemm_heads(v: Any) -> Any:
     slot, rows = slots(v), row_count(v)
     block = v.stack(8 * gemm.ARGUMENTS)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, heads, columns, height, b = rows(a), slot(a, 2), slot(a, 10), slot(a, 12), block()
         panels = slot(a, 14) + thread * slot(a, 15)
         for head in range(heads * thread // threads, heads * (thread + 1) // threads):
@@ -163,7 +163,7 @@ def gemv_heads_transposed(v: Any) -> Any:
     of a matrix, scratch, its bytes a thread."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, heads, columns, height = rows(a), slot(a, 2), slot(a, 10), slot(a, 11)
         values = slot(a, 12) + thread * slot(a, 13)
         for head in range(heads * thread // threads, heads * (thread + 1) // threads):
@@ -197,9 +197,7 @@ def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
 
 def packed(lowering: Lowering, x: Tensor) -> At:
     """Room for the panels of x (T, K), and the op that fills it."""
-    wide = gemm.panel_tokens(lowering.isa)
-    tokens = -(-x.shape[0] // wide) * wide
-    panels = lowering.temporary(4 * tokens * x.shape[1])
+    panels = lowering.temporary(gemm.panels_nbytes(lowering.isa, x.shape[0], x.shape[1]))
     lowering.emit("pack_rows", x, lowering.at(x), 4 * x.strides[0], x.shape[1], panels, Function("pack_panel"))
     return panels
 
@@ -242,9 +240,7 @@ def lower_head_linear(lowering: Lowering, op: Op) -> None:
         lowering.emit("gemv_heads_transposed", x, heads, function, table, weight.row_nbytes, *source, scratch, nbytes)
         return
     if x.shape[0] > 1:
-        panels_nbytes = (
-            4 * -(-x.shape[0] // gemm.panel_tokens(lowering.isa)) * gemm.panel_tokens(lowering.isa) * x.shape[2]
-        )
+        panels_nbytes = gemm.panels_nbytes(lowering.isa, x.shape[0], x.shape[2])
         scratch_nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
         matrices = (Function("gemm"), Function(dequantise_kernel(weight.format)), table, weight.row_nbytes)
         flow = (lowering.at(x), 4 * x.strides[0], 4 * x.strides[1], weight.columns, lowering.at(out), weight.rows)

@@ -19,7 +19,7 @@ def rms_norm(v: Any) -> Any:
     """Arguments: control, rows, x, its token and head strides (bytes), out, heads, width, weight (0: none), epsilon."""
     slot, rows = slots(v), row_count(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens = rows(a)
         x, token_stride, head_stride, out = slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5)
         heads, width, weight, epsilon = slot(a, 6), slot(a, 7), slot(a, 8), v.load(v.float32, a + 72)

@@ -18,7 +18,7 @@ def rope(v: Any) -> Any:
     pair."""
     slot, rows, position = slots(v), row_count(v), step_position(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         x, token_stride, head_stride, out = slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5)
         heads, width, table, n = slot(a, 6), slot(a, 7), slot(a, 8), slot(a, 9)
         step, partner = 4 * slot(a, 10), 4 * slot(a, 11)  # pairs: (2i, 2i + 1); halves: (i, i + n)

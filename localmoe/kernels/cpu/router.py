@@ -21,7 +21,7 @@ def route(v: Any) -> Any:
     slot, rows = slots(v), row_count(v)
     scores_of, mask_groups, best = _scores(v), _mask_groups(v), _best(v)
 
-    def run(a, thread, threads):  # type: ignore[no-untyped-def]
+    def run(a, thread, threads):
         tokens, count, used, bias = rows(a), slot(a, 3), slot(a, 6), slot(a, 8)
         scores = slot(a, 14) + thread * slot(a, 15)
         standing = scores + 4 * ((count + 15) // 16 * 16)
@@ -51,7 +51,7 @@ def route(v: Any) -> Any:
 
 
 def _scores(v: Any) -> Any:
-    def scores_of(logits, scores, count, sigmoid):  # type: ignore[no-untyped-def]
+    def scores_of(logits, scores, count, sigmoid):
         one = v.splat(v.f32, np.float32(1))
         highest = np.float32(-np.inf)
         for e in range(count):
@@ -72,7 +72,7 @@ def _scores(v: Any) -> Any:
 
 
 def _best(v: Any) -> Any:
-    def best(values, count):  # type: ignore[no-untyped-def]
+    def best(values, count):
         chosen, highest = 0, v.load(v.float32, values)
         for e in range(1, count):
             x = v.load(v.float32, values + 4 * e)
@@ -86,7 +86,7 @@ def _best(v: Any) -> Any:
 def _mask_groups(v: Any) -> Any:
     best = _best(v)
 
-    def mask_groups(standing, count, groups, kept, two):  # type: ignore[no-untyped-def]
+    def mask_groups(standing, count, groups, kept, two):
         width, strength = count // groups, standing + 4 * ((count + 15) // 16 * 16)
         for g in range(groups):
             first, second = np.float32(-np.inf), np.float32(-np.inf)
