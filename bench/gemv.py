@@ -34,8 +34,8 @@ def bench_read(v):
     def read(address, nbytes, out):
         a, b, c, d = v.zero(v.i32), v.zero(v.i32), v.zero(v.i32), v.zero(v.i32)
         for i in range(0, nbytes, 16 * lanes):
-            for ahead in range(4096, 4096 + 16 * lanes, 64):
-                v.prefetch(address + i + ahead)
+            for ahead in range(1024, 1024 + 16 * lanes, 64):
+                v.prefetch_second(address + i + ahead)
             a = a | v.load(v.i32, address + i)
             b = b | v.load(v.i32, address + i + 4 * lanes)
             c = c | v.load(v.i32, address + i + 8 * lanes)

@@ -318,7 +318,8 @@ def test_cpu_computes_what_the_numpy_twin_computes(cpu: OpenCpu, isa: str, name:
     expected = dict(zip((1, 2, 5, 33), reference_runs(forward, [(t, 9) for t in (1, 2, 5, 33)]), strict=True))
     found = cpu_runs(cpu(isa), forward, steps)
     for (capacity, tokens), answer in zip(STEPS, found, strict=True):
-        allowed = EXACT if tolerance == ROUNDED and capacity > 1 else tolerance  # chunks are never rounded to 8 bits
+        floats = tolerance == ROUNDED and capacity > 1 and isa != "avx512"  # chunks meet integer GEMMs there alone
+        allowed = EXACT if floats else tolerance
         assert distance(answer, expected[tokens]) <= allowed, f"{tokens} tokens in a step of up to {capacity}"
     for threads in (1, 3):
         same = cpu_runs(cpu(isa, threads), forward, steps)

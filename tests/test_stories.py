@@ -105,17 +105,20 @@ def test_every_format_stays_as_close_as_its_bits_allow(
     assert divergence(story.logits, found) <= nats
 
 
-@pytest.mark.parametrize("name", ["bf16", "q8_0", "q5_1", "q4_0"])
-def test_prefill_adds_nothing_to_the_error_of_the_blocks(story: Story, name: str) -> None:
-    """Against the same dequantised blocks in numpy: 8e-7 is what is seen, as the batched product is one of floats."""
-    assert relative_error(story.logits_of(name, "cpu"), story.logits_of(name, "reference")) <= 1e-5
+def test_prefill_of_floats_adds_nothing_to_the_error_of_the_weights(story: Story) -> None:
+    """Against the same weights in numpy: 8e-7 is what is seen, as rows meet float weights as floats."""
+    assert relative_error(story.logits_of("bf16", "cpu"), story.logits_of("bf16", "reference")) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
-def test_decoding_with_8_bit_activations_costs_no_more_than_8_bit_weights(story: Story, name: str) -> None:
-    """1.3e-2 and 1.4e-2 are seen, and 199 and 198 of 201 best tokens as the same blocks in numpy have them."""
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q4_0"])
+def test_8_bit_activations_cost_no_more_than_8_bit_weights(story: Story, name: str, step: str) -> None:
+    """Against the same blocks in numpy: 1.3e-2 to 1.4e-2 are seen, and 198 or 199 of 201 best tokens."""
     model = story.open(name)
-    found = np.concatenate([model.forward([id], position) for position, id in enumerate(story.ids)])
+    if step == "decode":
+        found = np.concatenate([model.forward([id], position) for position, id in enumerate(story.ids)])
+    else:
+        found = model.forward(story.ids, 0, all_logits=True)
     model.close()
     right = story.logits_of(name, "reference")
     assert relative_error(found, right) <= 3e-2

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localmoe.kernels.cpu import gemm
-from localmoe.kernels.cpu.arguments import At, Function, row_count, slots
+from localmoe.formats import Weight
+from localmoe.kernels.cpu import products
+from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.linear import quantised
-from localmoe.kernels.cpu.matmul import dequantise_kernel, gemv_kernel
+from localmoe.kernels.cpu.matmul import gemv_kernel
 from localmoe.kernels.program import Op, Tensor
 
 if TYPE_CHECKING:
     from localmoe.kernels.cpu.lower import Lowering
 
-EXPERT_ROWS = 16 * gemm.STRIP_ROWS  # rows of one expert's weight that a thread takes at a time
+_COUNTERS = 5  # packing in two forms and one product, packing in one form and another product
+EXPERT_ROWS = 384  # of one expert's weight that a thread takes at a time: whole strips of every GEMM
 
 
 @kernel("experts_gemv", 3)
@@ -48,28 +50,23 @@ def experts_gemv(v: Any) -> Any:
 @kernel("experts_group", 3)
 def experts_group(v: Any) -> Any:
     """Sort a chunk's choices by expert (the first thread alone). Arguments: control, rows, ids, used, experts, places
-    (choice -> row in the sorted order), starts (experts + 1 first rows), panel starts (likewise, in panels), counters
-    to clear, how many."""
+    (choice -> row in the sorted order), starts (experts + 1 first rows), counters to clear, how many."""
     slot, rows = slots(v), row_count(v)
-    wide = gemm.panel_tokens(v.isa)
 
     def run(a, thread, threads):
         if thread > 0:
             return
-        ids, count, places, starts, panels = slot(a, 2), slot(a, 4), slot(a, 5), slot(a, 6), slot(a, 7)
+        ids, count, places, starts = slot(a, 2), slot(a, 4), slot(a, 5), slot(a, 6)
         choices = rows(a) * slot(a, 3)
-        for i in range(slot(a, 9)):
-            v.store(slot(a, 8) + 8 * i, 0)
+        for i in range(slot(a, 8)):
+            v.store(slot(a, 7) + 8 * i, 0)
         for e in range(count + 1):
             v.store(starts + 8 * e, 0)
         for i in range(choices):
             e = v.load(v.int32, ids + 4 * i) + 1
             v.store(starts + 8 * e, slot(starts, e) + 1)
-        v.store(panels, 0)
         for e in range(count):
-            many = slot(starts, e + 1)
-            v.store(starts + 8 * (e + 1), slot(starts, e) + many)
-            v.store(panels + 8 * (e + 1), slot(panels, e) + (many + wide - 1) // wide)
+            v.store(starts + 8 * (e + 1), slot(starts, e) + slot(starts, e + 1))
         for i in range(choices):  # starts move on while places are given, and back again below
             e = v.load(v.int32, ids + 4 * i)
             v.store(places + 8 * i, slot(starts, e))
@@ -100,21 +97,24 @@ def experts_gather(v: Any) -> Any:
 
 @kernel("experts_pack", 3)
 def experts_pack(v: Any) -> Any:
-    """Each expert's rows into its panels. Arguments: control, rows, x (sorted), columns, starts, panel starts,
-    experts, panels, packing kernel, counter."""
+    """Each expert's rows into its panels. Arguments: control, rows, x (sorted), columns, starts, experts, panels,
+    packing kernel, tokens of a panel, its bytes, counter.
+
+    An expert's panels begin behind as many as all earlier rows fill, and one more for each earlier expert: room enough
+    without knowing how full theirs are.
+    """
     slot = slots(v)
-    wide = gemm.panel_tokens(v.isa)
 
     def run(a, thread, threads):
         columns, starts = slot(a, 3), slot(a, 4)
         while True:
-            e = v.atomic_add(slot(a, 9), 1)
-            if e >= slot(a, 6):
+            e = v.atomic_add(slot(a, 10), 1)
+            if e >= slot(a, 5):
                 return
             first, count = slot(starts, e), slot(starts, e + 1) - slot(starts, e)
             if count > 0:
-                target = slot(a, 7) + 4 * columns * wide * slot(slot(a, 5), e)
-                v.call(slot(a, 8), slot(a, 2) + 4 * first * columns, 4 * columns, count, columns, target)
+                target = slot(a, 6) + (first // slot(a, 8) + e) * slot(a, 9)
+                v.call(slot(a, 7), slot(a, 2) + 4 * first * columns, 4 * columns, count, columns, target)
 
     return run
 
@@ -122,34 +122,34 @@ def experts_pack(v: Any) -> Any:
 @kernel("experts_gemm", 3)
 def experts_gemm(v: Any) -> Any:
     """Each expert's weight times its packed rows; threads take (weight, expert, rows) as they come. Arguments:
-    control, rows, columns, starts, panel starts, experts, panels, GEMM kernel, scratch, its bytes a thread, counter,
-    rows of a weight, count, then for each weight: dequantise kernel, table of experts, row bytes, out (sorted rows)."""
+    control, rows, columns, starts, experts, scratch, its bytes a thread, counter, rows of a weight, count, then for
+    each weight: GEMM kernel, unpacking kernel, table of experts, row bytes, panels, tokens of a panel, its bytes, out
+    (sorted rows)."""
     slot = slots(v)
-    block = v.stack(8 * gemm.ARGUMENTS)
-    wide = gemm.panel_tokens(v.isa)
+    block = v.stack(8 * products.ARGUMENTS)
 
     def run(a, thread, threads):
-        columns, starts, count, height, b = slot(a, 2), slot(a, 3), slot(a, 5), slot(a, 11), block()
+        columns, starts, count, height, b = slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 8), block()
         pieces = (height + EXPERT_ROWS - 1) // EXPERT_ROWS
         while True:
-            unit = v.atomic_add(slot(a, 10), 1)
-            if unit >= slot(a, 12) * count * pieces:
+            unit = v.atomic_add(slot(a, 7), 1)
+            if unit >= slot(a, 9) * count * pieces:
                 return
-            w, e, piece = a + 104 + 32 * (unit // (count * pieces)), unit // pieces % count, unit % pieces
+            w, e, piece = a + 80 + 64 * (unit // (count * pieces)), unit // pieces % count, unit % pieces
             first, tokens = slot(starts, e), slot(starts, e + 1) - slot(starts, e)
             if tokens > 0:
-                v.store(b, slot(w, 0))
-                v.store(b + 8, slot(slot(w, 1), e))
-                v.store(b + 16, slot(w, 2))
-                v.store(b + 24, slot(a, 6) + 4 * columns * wide * slot(slot(a, 4), e))
-                v.store(b + 32, slot(w, 3) + 4 * first * height)
+                v.store(b, slot(w, 1))
+                v.store(b + 8, slot(slot(w, 2), e))
+                v.store(b + 16, slot(w, 3))
+                v.store(b + 24, slot(w, 4) + (first // slot(w, 5) + e) * slot(w, 6))
+                v.store(b + 32, slot(w, 7) + 4 * first * height)
                 v.store(b + 40, 4 * height)
                 v.store(b + 48, tokens)
                 v.store(b + 56, columns)
                 v.store(b + 64, piece * EXPERT_ROWS)
                 v.store(b + 72, min(height, (piece + 1) * EXPERT_ROWS))
-                v.store(b + 80, slot(a, 8) + thread * slot(a, 9))
-                v.call(slot(a, 7), b)
+                v.store(b + 80, slot(a, 5) + thread * slot(a, 6))
+                v.call(slot(w, 0), b)
 
     return run
 
@@ -208,45 +208,42 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
 
 def _lower_chunk(lowering: Lowering, op: Op) -> None:
     (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
-    used, count, width = ids.shape[1], gate.shape[0], gate.rows
-    choices, wide = x.shape[0] * used, gemm.panel_tokens(lowering.isa)
-    panel_rows = wide * min(choices // wide + count, choices)
+    used, count, width, isa = ids.shape[1], gate.shape[0], gate.rows, lowering.isa
+    choices = x.shape[0] * used
+    how = {w.format.name: products.product(w.format, isa) for w in (gate, up, down)}
     places, starts = lowering.temporary(8 * choices), lowering.temporary(8 * (count + 1))
-    panel_starts, counters = lowering.temporary(8 * (count + 1)), lowering.temporary(8 * 4)
-    scratch_nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
+    counters = [lowering.temporary(8 * _COUNTERS)]
+    counters += [At(counters[0].offset + 8 * i) for i in range(1, _COUNTERS)]
+    scratch_nbytes = max(products.scratch_nbytes(p.form, isa, x.shape[0]) for p in how.values())
     scratch = lowering.temporary(scratch_nbytes * lowering.threads)
 
-    def counter(i: int) -> At:
-        return type(counters)(counters.offset + 8 * i)
-
-    def multiply(source: Tensor, weights: list[Any], targets: list[Tensor], turn: int) -> None:
+    def multiply(source: Tensor, weights: list[Weight], targets: list[Tensor]) -> None:
         columns = source.shape[1]
-        panels = lowering.temporary(4 * panel_rows * columns)
-        order = (starts, panel_starts, count)
-        packing = (lowering.at(source), columns, *order, panels, Function("pack_panel"), counter(2 * turn))
-        lowering.emit("experts_pack", x, *packing)
-        each = [
-            argument
-            for w, target in zip(weights, targets, strict=True)
-            for argument in (
-                Function(dequantise_kernel(w.format)),
-                lowering.addresses(w),
-                w.row_nbytes,
-                lowering.at(target),
-            )
-        ]
-        room = (panels, Function("gemm"), scratch, scratch_nbytes, counter(2 * turn + 1))
-        lowering.emit("experts_gemm", x, columns, *order, *room, weights[0].rows, len(weights), *each)
+        panels: dict[str, tuple[At, int, int]] = {}
+        for form in dict.fromkeys(how[w.format.name].form for w in weights):
+            wide, nbytes = products.panel_tokens(form, isa), products.panel_nbytes(form, isa, columns)
+            room = lowering.temporary(nbytes * (choices // wide + count))
+            panels[form] = (room, wide, nbytes)
+            packing = (room, Function(products.packing_kernel(form)), wide, nbytes, counters.pop())
+            lowering.emit("experts_pack", x, lowering.at(source), columns, starts, count, *packing)
+        each: list[Argument] = []
+        for w, target in zip(weights, targets, strict=True):
+            kernels = how[w.format.name]
+            each += [Function(kernels.gemm), Function(kernels.unpack), lowering.addresses(w), w.row_nbytes]
+            each += [*panels[kernels.form], lowering.at(target)]
+        shared = (scratch, scratch_nbytes, counters.pop(), weights[0].rows, len(weights))
+        lowering.emit("experts_gemm", x, columns, starts, count, *shared, *each)
 
-    lowering.emit("experts_group", x, lowering.at(ids), used, count, places, starts, panel_starts, counters, 4)
+    order = (places, starts, counters[0], _COUNTERS)
+    lowering.emit("experts_group", x, lowering.at(ids), used, count, *order)
     gathered = lowering.scratch((choices, x.shape[1]))
     row = (lowering.at(x), 4 * x.strides[0], used, places, lowering.at(gathered), x.shape[1])
     lowering.emit("experts_gather", x, *row)
     opened = [lowering.scratch((choices, width)) for _ in range(2)]
-    multiply(gathered, [gate, up], opened, 0)
+    multiply(gathered, [gate, up], opened)
     hidden, closed = lowering.scratch((choices, width)), lowering.scratch((choices, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
     lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)  # `used` rows of it for each token
-    multiply(hidden, [down], [closed], 1)
+    multiply(hidden, [down], [closed])
     total = (lowering.at(closed), lowering.at(shares), used, places, lowering.at(out), down.rows)
     lowering.emit("experts_combine", x, *total)

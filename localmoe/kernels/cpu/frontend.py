@@ -1,7 +1,7 @@
 """From a kernel's factory to an LLVM module: the operations it is given, Numba without its optimiser; knows no kernel.
 
 `vectors(isa)` gives the module `v` that a factory receives: the kinds of vectors (`vector.py`) and what
-`vector_memory.py`, `vector_maths.py` and `vector_tile.py` define. Imports numba: to be imported only where something
+`vector_memory.py`, `vector_maths.py`, `vector_tile.py` and `vector_integer.py` define. Imports numba: to be imported only where something
 must be compiled.
 """
 
@@ -21,7 +21,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
-from localmoe.kernels.cpu import vector_maths, vector_memory, vector_tile
+from localmoe.kernels.cpu import vector_integer, vector_maths, vector_memory, vector_tile
 from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import SCALARS, kind
 
@@ -42,6 +42,7 @@ def vectors(isa: Isa) -> ModuleType:
     members.update(vector_memory.operations(isa))
     members.update(vector_maths.operations(isa))
     members.update(vector_tile.operations(isa))
+    members.update(vector_integer.operations(isa))
     for name, member in members.items():
         setattr(v, name, member)
     return v

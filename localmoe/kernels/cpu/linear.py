@@ -1,16 +1,15 @@
-"""Matrix products on the cpu: one row by matrix-vector kernels, many rows by the float GEMM; contracts `linear` and
+"""Matrix products on the cpu: one row by matrix-vector kernels, many rows by a GEMM; contracts `linear` and
 `head_linear`.
 
-A single row is quantised to the form that its weights' kernels read; a chunk stays float32 and the weights are
-dequantised strip by strip. Threads share out the rows of a weight, each row's sum has one order: results do not depend
-on the number of threads.
+Rows are quantised to the form that a weight's kernels read, once for all weights of that form, or stay float32.
+Threads share out the rows of a weight, each row's sum has one order: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from localmoe.kernels.cpu import gemm
+from localmoe.kernels.cpu import gemm, products
 from localmoe.kernels.cpu.activations import QUANTISERS, activation_nbytes
 from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, slots
 from localmoe.kernels.cpu.build import kernel
@@ -56,55 +55,54 @@ def gemv_weights(v: Any) -> Any:
 
 @kernel("pack_rows", 3)
 def pack_rows(v: Any) -> Any:
-    """Rows into panels for the GEMM. Arguments: control, rows, x, its row stride (bytes), columns, panels, packing
-    kernel."""
+    """Rows into panels for a GEMM. Arguments: control, rows, x, its row stride (bytes), columns, panels, packing
+    kernel, tokens of a panel, its bytes."""
     slot, rows = slots(v), row_count(v)
-    wide = gemm.panel_tokens(v.isa)
 
     def run(a, thread, threads):
-        tokens, stride, columns = rows(a), slot(a, 3), slot(a, 4)
+        tokens, stride, columns, wide = rows(a), slot(a, 3), slot(a, 4), slot(a, 7)
         panels = (tokens + wide - 1) // wide
         for p in range(panels * thread // threads, panels * (thread + 1) // threads):
             first = p * wide
             count = min(wide, tokens - first)
-            v.call(slot(a, 6), slot(a, 2) + first * stride, stride, count, columns, slot(a, 5) + 4 * first * columns)
+            v.call(slot(a, 6), slot(a, 2) + first * stride, stride, count, columns, slot(a, 5) + p * slot(a, 8))
 
     return run
 
 
 @kernel("gemm_weights", 3)
 def gemm_weights(v: Any) -> Any:
-    """Packed rows times several weights. Arguments: control, rows, count, GEMM kernel, panels, columns, scratch, its
-    bytes a thread, then for each weight: dequantise kernel, weights, row bytes, out, rows, bias (0: none)."""
+    """Packed rows times several weights. Arguments: control, rows, count, columns, scratch, its bytes a thread, then
+    for each weight: GEMM kernel, unpacking kernel, weights, row bytes, panels, out, rows, rows of a strip, bias (0:
+    none)."""
     slot, rows = slots(v), row_count(v)
-    block = v.stack(8 * gemm.ARGUMENTS)
-    strip = gemm.STRIP_ROWS
+    block = v.stack(8 * products.ARGUMENTS)
 
     def run(a, thread, threads):
         tokens, b = rows(a), block()
-        for w in range(a + 64, a + 64 + 48 * slot(a, 2), 48):
-            count, out = slot(w, 4), slot(w, 3)
+        for w in range(a + 48, a + 48 + 72 * slot(a, 2), 72):
+            out, count, strip = slot(w, 5), slot(w, 6), slot(w, 7)
             strips = (count + strip - 1) // strip
             start, stop = strips * thread // threads * strip, min(count, strips * (thread + 1) // threads * strip)
             if start >= stop:
                 continue
-            v.store(b, slot(w, 0))
-            v.store(b + 8, slot(w, 1))
-            v.store(b + 16, slot(w, 2))
-            v.store(b + 24, slot(a, 4))
+            v.store(b, slot(w, 1))
+            v.store(b + 8, slot(w, 2))
+            v.store(b + 16, slot(w, 3))
+            v.store(b + 24, slot(w, 4))
             v.store(b + 32, out)
             v.store(b + 40, 4 * count)
             v.store(b + 48, tokens)
-            v.store(b + 56, slot(a, 5))
+            v.store(b + 56, slot(a, 3))
             v.store(b + 64, start)
             v.store(b + 72, stop)
-            v.store(b + 80, slot(a, 6) + thread * slot(a, 7))
-            v.call(slot(a, 3), b)
-            if slot(w, 5) != 0:
+            v.store(b + 80, slot(a, 4) + thread * slot(a, 5))
+            v.call(slot(w, 0), b)
+            if slot(w, 8) != 0:
                 for t in range(tokens):
                     row = out + 4 * t * count
                     for r in range(4 * start, 4 * stop, 4):
-                        v.store(row + r, v.load(v.float32, row + r) + v.load(v.float32, slot(w, 5) + r))
+                        v.store(row + r, v.load(v.float32, row + r) + v.load(v.float32, slot(w, 8) + r))
 
     return run
 
@@ -195,10 +193,13 @@ def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
     return place, nbytes * heads, nbytes
 
 
-def packed(lowering: Lowering, x: Tensor) -> At:
-    """Room for the panels of x (T, K), and the op that fills it."""
-    panels = lowering.temporary(gemm.panels_nbytes(lowering.isa, x.shape[0], x.shape[1]))
-    lowering.emit("pack_rows", x, lowering.at(x), 4 * x.strides[0], x.shape[1], panels, Function("pack_panel"))
+def packed(lowering: Lowering, x: Tensor, form: str) -> At:
+    """Room for the panels of x (T, K) in that form, and the op that fills it."""
+    isa, columns = lowering.isa, x.shape[1]
+    wide, nbytes = products.panel_tokens(form, isa), products.panel_nbytes(form, isa, columns)
+    panels = lowering.temporary(-(-x.shape[0] // wide) * nbytes)
+    packing = (panels, Function(products.packing_kernel(form)), wide, nbytes)
+    lowering.emit("pack_rows", x, lowering.at(x), 4 * x.strides[0], columns, *packing)
     return panels
 
 
@@ -220,13 +221,14 @@ def lower_linear(lowering: Lowering, op: Op) -> None:
             arguments += [*place, weight.columns, weight.rows, bias]
         lowering.emit("gemv_weights", x, len(pairs), *arguments)
         return
-    panels = packed(lowering, x)
-    for weight, out, bias in pairs:
-        function = Function(dequantise_kernel(weight.format))
-        arguments += [function, lowering.address(weight), weight.row_nbytes, lowering.at(out), weight.rows, bias]
-    nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
+    chosen = [products.product(w.format, lowering.isa, exact=op.attributes["exact"]) for w, _, _ in pairs]
+    panels = {form: packed(lowering, x, form) for form in dict.fromkeys(p.form for p in chosen)}
+    for (weight, out, bias), how in zip(pairs, chosen, strict=True):
+        arguments += [Function(how.gemm), Function(how.unpack), lowering.address(weight), weight.row_nbytes]
+        arguments += [panels[how.form], lowering.at(out), weight.rows, how.strip, bias]
+    nbytes = max(products.scratch_nbytes(form, lowering.isa, x.shape[0]) for form in panels)
     scratch = lowering.temporary(nbytes * lowering.threads)
-    lowering.emit("gemm_weights", x, len(pairs), Function("gemm"), panels, x.shape[1], scratch, nbytes, *arguments)
+    lowering.emit("gemm_weights", x, len(pairs), x.shape[1], scratch, nbytes, *arguments)
 
 
 def lower_head_linear(lowering: Lowering, op: Op) -> None:

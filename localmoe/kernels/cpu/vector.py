@@ -65,7 +65,9 @@ _ARITIES: dict[int, Callable[[Any], Any]] = {
     1: lambda f: lambda typingctx, a: f(a),
     2: lambda f: lambda typingctx, a, b: f(a, b),
     3: lambda f: lambda typingctx, a, b, c: f(a, b, c),
+    4: lambda f: lambda typingctx, a, b, c, d: f(a, b, c, d),
     6: lambda f: lambda typingctx, a, b, c, d, e, g: f(a, b, c, d, e, g),
+    8: lambda f: lambda typingctx, a, b, c, d, e, g, h, i: f(a, b, c, d, e, g, h, i),
 }
 
 

@@ -267,7 +267,7 @@ def _byte_pairs(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value) -> ir.Value
     return _pair_sums(b, b.zext(x, wide), b.sext(y, wide), shorts)
 
 
-def _dot(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.Value, signed: bool) -> ir.Value:
+def dot_products(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.Value, signed: bool) -> ir.Value:
     """total + sums of four neighbouring products, exact for every input; x is i8 where `signed`, else u8; y is i8."""
     lanes = total.type.count
     if isa.name == "avx512":
@@ -299,7 +299,7 @@ def _products(isa: Isa) -> dict[str, Any]:
 
         With AVX2 an i8 `y` must not be -128 where x is negative (activations are quantised to ±127).
         """
-        return total, lambda b, t, p, q: _dot(b, isa, t, p, q, x.signed)
+        return total, lambda b, t, p, q: dot_products(b, isa, t, p, q, x.signed)
 
     @operation
     def byte_pairs(x: Any, y: Any) -> Defined:

@@ -1,0 +1,232 @@
+"""Rows of GGUF blocks as bytes, scales and minima, for the integer GEMM; knows no matrix.
+
+Kernel `unpack_<format>`: (source, columns, quants uint8[columns], scales float32[columns/group], minima
+float32[columns/group]), `columns` being whole blocks. A weight is scale · (quant - 128), or scale · quant + minimum for
+formats with minima. Layouts as in `dequantise.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from localmoe.formats import FORMATS
+from localmoe.kernels.cpu.blocks import six_bit_scales
+from localmoe.kernels.cpu.build import kernel
+
+Factory = Callable[[Any], Callable[..., None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """How the integer GEMM takes a format: the form of its activations, columns that share a scale, and whether groups
+    have minima."""
+
+    form: str
+    group: int
+    minima: bool
+
+
+INTEGER: dict[str, Integer] = {}
+
+
+def unpacks(name: str, form: str, group: int, minima: bool = False) -> Callable[[Factory], Factory]:
+    """Register a factory of `block(source, quants, scales, minima)` for one block of format `name`."""
+
+    def register(factory: Factory) -> Factory:
+        format = FORMATS[name]
+        elements, nbytes, step = format.elements, format.nbytes, 4 * format.elements // group
+
+        def rows(v: Any) -> Callable[..., None]:
+            block = v.function(factory(v))
+
+            def unpack(source, columns, quants, scales, lows):
+                for i in range(columns // elements):
+                    block(source + i * nbytes, quants + i * elements, scales + i * step, lows + i * step)
+
+            return unpack
+
+        kernel(f"unpack_{name.lower()}", arguments=5)(rows)
+        INTEGER[name] = Integer(form, group, minima)
+        return factory
+
+    return register
+
+
+def _nibbles(v: Any) -> Any:
+    """(address of 16 bytes) -> u8x32: their low halves, then their high halves."""
+    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
+
+    def nibbles(p):
+        packed = v.load(v.u16x8, p)
+        return v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
+
+    return v.function(nibbles)
+
+
+@unpacks("Q8_0", "q8_32", 32)
+def q8_0(v: Any) -> Any:
+    def block(p, quants, scales, lows):
+        v.store(quants, v.load(v.u8x32, p + 2) ^ 128)
+        v.store(scales, v.load_half(v.float32, p))
+
+    return block
+
+
+@unpacks("Q4_0", "q8_32", 32)
+def q4_0(v: Any) -> Any:
+    nibbles = _nibbles(v)
+
+    def block(p, quants, scales, lows):
+        v.store(quants, nibbles(p + 2) + 120)
+        v.store(scales, v.load_half(v.float32, p))
+
+    return block
+
+
+@unpacks("Q4_1", "q8_32", 32, minima=True)
+def q4_1(v: Any) -> Any:
+    nibbles = _nibbles(v)
+
+    def block(p, quants, scales, lows):
+        v.store(quants, nibbles(p + 4))
+        v.store(scales, v.load_half(v.float32, p))
+        v.store(lows, v.load_half(v.float32, p + 2))
+
+    return block
+
+
+@unpacks("Q5_0", "q8_32", 32)
+def q5_0(v: Any) -> Any:
+    nibbles = _nibbles(v)
+
+    def block(p, quants, scales, lows):
+        fifths = v.marked(v.u8x32, v.load(v.int32, p + 2)) & 16
+        v.store(quants, (nibbles(p + 6) | fifths) + 112)
+        v.store(scales, v.load_half(v.float32, p))
+
+    return block
+
+
+@unpacks("Q5_1", "q8_32", 32, minima=True)
+def q5_1(v: Any) -> Any:
+    nibbles = _nibbles(v)
+
+    def block(p, quants, scales, lows):
+        v.store(quants, nibbles(p + 8) | (v.marked(v.u8x32, v.load(v.int32, p + 4)) & 16))
+        v.store(scales, v.load_half(v.float32, p))
+        v.store(lows, v.load_half(v.float32, p + 2))
+
+    return block
+
+
+def _k_block(v: Any, part: Any) -> Any:
+    """Q4_K and Q5_K: 32 quants by `part[j](block)`."""
+    unpack = six_bit_scales(v)
+    q0, q1, q2, q3, q4, q5, q6, q7 = part
+
+    def block(p, quants, scales, lows):
+        six, minima = unpack(p + 4)
+        v.store(scales, v.convert(v.f32x8, six) * v.load_half(v.float32, p))
+        v.store(lows, v.convert(v.f32x8, minima) * -v.load_half(v.float32, p + 2))
+        v.store(quants, q0(p))
+        v.store(quants + 32, q1(p))
+        v.store(quants + 64, q2(p))
+        v.store(quants + 96, q3(p))
+        v.store(quants + 128, q4(p))
+        v.store(quants + 160, q5(p))
+        v.store(quants + 192, q6(p))
+        v.store(quants + 224, q7(p))
+
+    return block
+
+
+@unpacks("Q4_K", "q8_256", 32, minima=True)
+def q4_k(v: Any) -> Any:
+    def part(j):
+        place, shift = 16 + 32 * (j // 2), 4 * (j % 2)
+
+        def load(p):
+            return v.bits(v.u8x32, (v.load(v.u16x16, p + place) >> shift) & 0x0F0F)
+
+        return v.function(load)
+
+    return _k_block(v, [part(j) for j in range(8)])
+
+
+@unpacks("Q5_K", "q8_256", 32, minima=True)
+def q5_k(v: Any) -> Any:
+    def part(j):
+        place, shift = 48 + 32 * (j // 2), 4 * (j % 2)
+
+        def load(p):
+            fifth = ((v.load(v.u16x16, p + 16) >> j) & 0x0101) << 4
+            return v.bits(v.u8x32, ((v.load(v.u16x16, p + place) >> shift) & 0x0F0F) | fifth)
+
+        return v.function(load)
+
+    return _k_block(v, [part(j) for j in range(8)])
+
+
+@unpacks("Q6_K", "q8_256", 16)
+def q6_k(v: Any) -> Any:
+    def part(j):
+        half, quarter = divmod(j, 4)
+        ql, qh, shift = 64 * half + 32 * (quarter % 2), 128 + 32 * half, 4 * (quarter // 2)
+        up, down = max(4 - 2 * quarter, 0), max(2 * quarter - 4, 0)
+
+        def load(p):
+            two = ((v.load(v.u16x16, p + qh) >> down) << up) & 0x3030
+            return v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two) + 96
+
+        return v.function(load)
+
+    q0, q1, q2, q3, q4, q5, q6, q7 = (part(j) for j in range(8))
+
+    def block(p, quants, scales, lows):
+        v.store(scales, v.convert(v.f32x16, v.load(v.i8x16, p + 192)) * v.load_half(v.float32, p + 208))
+        v.store(quants, q0(p))
+        v.store(quants + 32, q1(p))
+        v.store(quants + 64, q2(p))
+        v.store(quants + 96, q3(p))
+        v.store(quants + 128, q4(p))
+        v.store(quants + 160, q5(p))
+        v.store(quants + 192, q6(p))
+        v.store(quants + 224, q7(p))
+
+    return block
+
+
+@unpacks("Q2_K", "q8_256", 16, minima=True)
+def q2_k(v: Any) -> Any:
+    def block(p, quants, scales, lows):
+        both = v.load(v.u8x16, p)
+        v.store(scales, v.convert(v.f32x16, both & 15) * v.load_half(v.float32, p + 80))
+        v.store(lows, v.convert(v.f32x16, both >> 4) * -v.load_half(v.float32, p + 82))
+        for half in range(2):
+            two = v.load(v.u8x32, p + 16 + 32 * half)
+            v.store(quants + 128 * half, two & 3)
+            v.store(quants + 128 * half + 32, (two >> 2) & 3)
+            v.store(quants + 128 * half + 64, (two >> 4) & 3)
+            v.store(quants + 128 * half + 96, two >> 6)
+
+    return block
+
+
+@unpacks("Q3_K", "q8_256", 16)
+def q3_k(v: Any) -> Any:
+    def block(p, quants, scales, lows):
+        d = v.load_half(v.float32, p + 108)
+        for i in range(16):
+            low = (v.load(v.uint8, p + 96 + (i & 7)) >> (4 * (i >> 3))) & 15
+            high = (v.load(v.uint8, p + 104 + (i & 3)) >> (2 * (i >> 2))) & 3
+            v.store(scales + 4 * i, d * np.float32((low | (high << 4)) - 32))
+        for j in range(8):
+            two = (v.load(v.u8x32, p + 32 + 32 * (j >> 2)) >> (2 * (j & 3))) & 3
+            third = ((v.load(v.u8x32, p) >> j) & 1) << 2
+            v.store(quants + 32 * j, (two | third) + 124)
+
+    return block
