@@ -27,28 +27,31 @@ from localmoe.kernels.cpu.team import SPINS, Patience, Team
 
 @kernel("test_turns", 3)
 def turns(v: Any) -> Any:
-    """Arguments: address of the counter, of the mistakes, this entry's number. While the entry runs the counter stands
-    between threads · number and threads · (number + 1), unless a thread went ahead or stayed behind."""
+    """Arguments: address of the counter, of the mistakes, the number of the first entry since a barrier, how many
+    entries there are between two barriers. While these run the counter stands between threads · number and threads ·
+    (number + many), unless a thread went ahead or stayed behind."""
     slot = slots(v)
 
     def run(a, thread, threads):  # type: ignore[no-untyped-def]
         first = threads * slot(a, 2)
         before = v.atomic_add(slot(a, 0), 1)
-        if before < first or before >= first + threads:
+        if before < first or before >= first + threads * slot(a, 3):
             v.atomic_add(slot(a, 1), 1)
 
     return run
 
 
 class Tape:
-    """`entries` calls of `test_turns`."""
+    """`entries` calls of `test_turns`, a barrier behind each `many` of them."""
 
-    def __init__(self, kernels: Kernels, entries: int) -> None:
+    def __init__(self, kernels: Kernels, entries: int, many: int = 1) -> None:
         self.counts = np.zeros(2, np.int64)  # counter, mistakes
         counter = self.counts.ctypes.data
-        self.blocks = np.array([[counter, counter + 8, i] for i in range(entries)], np.int64)
-        places = self.blocks.ctypes.data + 24 * np.arange(entries)
-        self.entries = np.stack([np.full(entries, kernels.address("test_turns")), places], axis=1).astype(np.int64)
+        self.blocks = np.array([[counter, counter + 8, i // many * many, many] for i in range(entries)], np.int64)
+        places = self.blocks.ctypes.data + 32 * np.arange(entries)
+        barriers = np.arange(1, entries + 1) % many == 0
+        columns = (np.full(entries, kernels.address("test_turns")), places, barriers)
+        self.entries = np.stack(columns, axis=1).astype(np.int64)
 
     def run(self, team: Team) -> int:
         """Calls that were made; a call out of turn fails."""
@@ -81,6 +84,13 @@ def team_of(kernels: Kernels, threads: int) -> Team:
 def test_no_thread_begins_an_entry_before_all_have_ended_the_last(kernels: Kernels, threads: int) -> None:
     team, tape = team_of(kernels, threads), Tape(kernels, 3000)
     assert tape.run(team) == 3000 * threads
+    team.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_wait_where_a_barrier_is_and_at_the_end(kernels: Kernels, threads: int) -> None:
+    team, tape = team_of(kernels, threads), Tape(kernels, 1000, many=3)  # the last entry has no barrier of its own
+    assert [tape.run(team) for _ in range(20)] == [1000 * threads] * 20
     team.close()
 
 
@@ -181,9 +191,9 @@ def test_a_team_that_sleeps_at_most_barriers_stops_spinning_and_tries_again_ever
     for step in range(200):
         if patience.spins == SPINS:
             tried.append(step)
-        patience.learn(entries=100, sleeps=90)
+        patience.learn(barriers=100, sleeps=90)
     assert tried == [0, 17, 50, 115]
     while patience.spins != SPINS:
-        patience.learn(entries=100, sleeps=100)
-    patience.learn(entries=100, sleeps=3)
+        patience.learn(barriers=100, sleeps=100)
+    patience.learn(barriers=100, sleeps=3)
     assert patience.spins == SPINS

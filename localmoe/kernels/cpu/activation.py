@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localmoe.kernels.cpu.arguments import At, Function, row_count, slots
+from localmoe.kernels.cpu.arguments import At, Function, row_count, share, slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.matmul import dequantise_kernel
 from localmoe.kernels.program import Op
@@ -34,7 +34,7 @@ def embed(v: Any) -> Any:
 
 
 def _glu(v: Any, silu: bool) -> Any:
-    slot, rows = slots(v), row_count(v)
+    slot, rows, part = slots(v), row_count(v), share(v)
 
     def activate(gate):
         one = v.splat(v.f32, np.float32(1))
@@ -51,9 +51,8 @@ def _glu(v: Any, silu: bool) -> Any:
                 for i in range(t * width, (t + 1) * width):
                     v.store(out + 4 * i, v.load(v.float32, up + 4 * i) * factor)
         else:
-            blocks = (tokens * width + v.lanes - 1) // v.lanes
-            for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-                at = 4 * v.lanes * i
+            start, stop = part(tokens * width, thread, threads)
+            for at in range(4 * start, 4 * stop, 4 * v.lanes):
                 v.store(out + at, activated(v.load(v.f32, gate + at)) * v.load(v.f32, up + at))
 
     return run
@@ -74,12 +73,11 @@ def glu_sigmoid(v: Any) -> Any:
 @kernel("add", 3)
 def add(v: Any) -> Any:
     """Arguments: control, rows, a, b, out, width."""
-    slot, rows = slots(v), row_count(v)
+    slot, rows, part = slots(v), row_count(v), share(v)
 
     def run(a, thread, threads):
-        blocks = (rows(a) * slot(a, 5) + v.lanes - 1) // v.lanes
-        for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-            at = 4 * v.lanes * i
+        start, stop = part(rows(a) * slot(a, 5), thread, threads)
+        for at in range(4 * start, 4 * stop, 4 * v.lanes):
             v.store(slot(a, 4) + at, v.load(v.f32, slot(a, 2) + at) + v.load(v.f32, slot(a, 3) + at))
 
     return run

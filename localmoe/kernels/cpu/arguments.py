@@ -33,6 +33,17 @@ def slots(v: Any) -> Any:
     return v.function(slot)
 
 
+def share(v: Any) -> Any:
+    """`share(count, thread, threads)` in a kernel: (start, stop) of a thread's part of `count` floats, by whole lines of
+    16, so that every op shares the same array in the same way."""
+
+    def part(count, thread, threads):  # type: ignore[no-untyped-def]
+        lines = (count + 15) // 16
+        return min(lines * thread // threads * 16, count), min(lines * (thread + 1) // threads * 16, count)
+
+    return v.function(part)
+
+
 def row_count(v: Any) -> Any:
     """`rows(a)` in a kernel: the fixed row count, or the tokens of this step where it is 0."""
 

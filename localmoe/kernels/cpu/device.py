@@ -47,7 +47,7 @@ class CpuDevice:
         return CpuPlan(self, program, lowering)
 
     def threads_run(self, tape: npt.NDArray[np.int64]) -> None:
-        """Walk a tape, (entries, 2) of kernel and argument block addresses, with all threads."""
+        """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
         if self.team is None:
             self.team = Team(self.threads, self.kernels.address("run_tape"))
             self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code

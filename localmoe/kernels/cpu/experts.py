@@ -13,9 +13,9 @@ import numpy as np
 
 from localmoe.formats import Weight
 from localmoe.kernels.cpu import products
-from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, slots
+from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, share, slots
 from localmoe.kernels.cpu.build import kernel
-from localmoe.kernels.cpu.linear import quantised
+from localmoe.kernels.cpu.linear import for_itself
 from localmoe.kernels.cpu.matmul import gemv_kernel
 from localmoe.kernels.program import Op, Tensor
 
@@ -29,20 +29,19 @@ EXPERT_ROWS = 384  # of one expert's weight that a thread takes at a time: whole
 @kernel("experts_gemv", 3)
 def experts_gemv(v: Any) -> Any:
     """One token: rows of its experts' weights. Arguments: control, rows, ids, used, count, then for each weight:
-    matrix-vector kernel, table of experts, row bytes, activations, their bytes from one expert to the next, out,
-    columns, rows."""
-    slot = slots(v)
+    matrix-vector kernel, table of experts, row bytes, activations, their bytes from one expert to the next and from one
+    thread's copy to the next, out, columns, rows."""
+    slot, part = slots(v), share(v)
 
     def run(a, thread, threads):
-        for w in range(a + 40, a + 40 + 64 * slot(a, 4), 64):
-            height = slot(w, 7)
-            units = height * slot(a, 3)
-            start, stop = units * thread // threads, units * (thread + 1) // threads
+        for w in range(a + 40, a + 40 + 72 * slot(a, 4), 72):
+            height = slot(w, 8)
+            start, stop = part(height * slot(a, 3), thread, threads)
             for c in range(start // height, (stop + height - 1) // height):
                 matrix = slot(slot(w, 1), v.load(v.int32, slot(a, 2) + 4 * c))
-                x, out = slot(w, 3) + c * slot(w, 4), slot(w, 5) + 4 * c * height
+                x, out = slot(w, 3) + c * slot(w, 4) + thread * slot(w, 5), slot(w, 6) + 4 * c * height
                 first, last = max(start - c * height, 0), min(stop - c * height, height)
-                v.call(slot(w, 0), matrix, slot(w, 2), x, out, slot(w, 6), first, last)
+                v.call(slot(w, 0), matrix, slot(w, 2), x, out, slot(w, 7), first, last)
 
     return run
 
@@ -158,19 +157,27 @@ def experts_gemm(v: Any) -> Any:
 def experts_combine(v: Any) -> Any:
     """out = Σ share · y over a token's choices, in order. Arguments: control, rows, y, shares, used, places (0: choice
     order), out, columns."""
-    slot, rows = slots(v), row_count(v)
+    slot, rows, part = slots(v), row_count(v), share(v)
 
     def run(a, thread, threads):
-        used, columns, places = slot(a, 4), slot(a, 7), slot(a, 5)
-        blocks = rows(a) * columns
-        for i in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-            t, column = i // columns, i % columns
-            total = np.float32(0)
-            for c in range(t * used, (t + 1) * used):
-                place = slot(places, c) if places != 0 else c
-                y = v.load(v.float32, slot(a, 2) + 4 * (place * columns + column))
-                total += v.load(v.float32, slot(a, 3) + 4 * c) * y
-            v.store(slot(a, 6) + 4 * i, total)
+        tokens, used, columns, places = rows(a), slot(a, 4), slot(a, 7), slot(a, 5)
+        start, stop = part(columns, thread, threads)  # of each token's columns
+        whole = stop - (stop - start) % v.lanes
+        for t in range(tokens):
+            out = slot(a, 6) + 4 * t * columns
+            for i in range(start, whole, v.lanes):
+                total = v.zero(v.f32)
+                for c in range(t * used, (t + 1) * used):
+                    y = slot(a, 2) + 4 * ((slot(places, c) if places != 0 else c) * columns + i)
+                    share_of_it = v.splat(v.f32, v.load(v.float32, slot(a, 3) + 4 * c))
+                    total = total + share_of_it * v.load(v.f32, y)
+                v.store(out + 4 * i, total)
+            for i in range(whole, stop):
+                one = np.float32(0)
+                for c in range(t * used, (t + 1) * used):
+                    y = slot(a, 2) + 4 * ((slot(places, c) if places != 0 else c) * columns + i)
+                    one += v.load(v.float32, slot(a, 3) + 4 * c) * v.load(v.float32, y)
+                v.store(out + 4 * i, one)
 
     return run
 
@@ -186,22 +193,24 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
     (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
     used, width = ids.shape[1], gate.rows
     opened = [lowering.scratch((used, width)) for _ in range(2)]
-    forms = {
-        kind: quantised(lowering, x, kind)[0] for kind in dict.fromkeys(gemv_kernel(w.format)[1] for w in (gate, up))
-    }
+    kinds = dict.fromkeys(gemv_kernel(w.format)[1] for w in (gate, up))
+    forms = {kind: for_itself(lowering, x, kind)[:2] for kind in kinds}
     arguments: list[Any] = []
     for weight, target in zip((gate, up), opened, strict=True):
         name, kind = gemv_kernel(weight.format)
-        place = (Function(name), lowering.addresses(weight), weight.row_nbytes, forms[kind], 0, lowering.at(target))
+        form, apart = forms[kind]
+        place = (Function(name), lowering.addresses(weight), weight.row_nbytes, form, 0, apart, lowering.at(target))
         arguments += [*place, weight.columns, weight.rows]
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 2, *arguments)
     hidden, closed = lowering.scratch((1, used * width)).heads(used), lowering.scratch((used, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
     lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)
+    lowering.barrier()
     name, kind = gemv_kernel(down.format)
-    closing, _, stride = quantised(lowering, hidden, kind)
-    last = (Function(name), lowering.addresses(down), down.row_nbytes, closing, stride, lowering.at(closed))
+    closing, apart, stride = for_itself(lowering, hidden, kind)
+    last = (Function(name), lowering.addresses(down), down.row_nbytes, closing, stride, apart, lowering.at(closed))
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows)
+    lowering.barrier()
     total = (lowering.at(closed), lowering.at(shares), used, 0, lowering.at(out), down.rows)
     lowering.emit("experts_combine", x, *total)
 

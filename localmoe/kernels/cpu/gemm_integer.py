@@ -131,17 +131,19 @@ def pack_q8_256(v: Any) -> Callable[..., None]:
 
 
 def _strip(v: Any, group: int) -> Any:
-    """(unpack kernel, weights, row_nbytes, first row, last row, its byte, columns, rows' scratch, tile): the bytes,
-    scales and minima of a strip's rows, as the tile wants them."""
+    """(unpack kernel, weights, row_nbytes, first row, last row, its byte, columns, their bytes, bytes to
+    those unpacked next, rows' scratch, tile): the bytes, scales and minima of a strip's rows, as the tile wants them."""
     lanes, rows = v.lanes, STRIP_VECTORS * v.lanes
     quants_stride, scales_stride, scales_nbytes = _ROW_STRIDE, _SCALES_STRIDE, rows * _SCALES_NBYTES
     tile_nbytes = rows * CHUNK
 
-    def strip(unpack, weights, row_nbytes, first, last, place, columns, scratch, tile):
+    def strip(unpack, weights, row_nbytes, first, last, place, columns, nbytes, ahead, scratch, tile):
         scales, lows = scratch + lanes * quants_stride, scratch + lanes * (quants_stride + scales_stride)
         for m in range(STRIP_VECTORS):
             for r in range(lanes):
                 source = weights + min(first + m * lanes + r, last) * row_nbytes + place
+                for line in range(0, nbytes + 64, 64):
+                    v.prefetch_second(source + ahead + line)
                 each = r * scales_stride
                 v.call(unpack, source, columns, scratch + r * quants_stride, scales + each, lows + each)
             target = tile + 4 * lanes * m
@@ -185,10 +187,12 @@ def _gemm(v: Any, form: str, group: int, minima: bool) -> Callable[..., None]:
                 for i in range((stop - start + wide - 1) // wide * (wide * STRIP_VECTORS)):
                     v.store(sums + i * (4 * lanes), v.zero(v.f32))
                 for k in range(0, columns, chunk):
-                    many = min(chunk, columns - k)
+                    many, place = min(chunk, columns - k), row_nbytes * k // columns
+                    piece = row_nbytes * many // columns
+                    ahead = piece if k + chunk < columns else rows * row_nbytes - place
                     strip(
-                        unpack, weights, row_nbytes, first, row_stop - 1, row_nbytes * k // columns, many, scratch, tile
-                    )
+                        unpack, weights, row_nbytes, first, row_stop - 1, place, many, piece, ahead, scratch, tile
+                    )  # fmt: skip
                     for t in range(start, stop, wide):
                         panel = panels + t // wide * nbytes
                         products(

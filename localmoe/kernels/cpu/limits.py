@@ -80,7 +80,7 @@ class Limits:
 
     def _seconds(self, name: str, *arguments: int) -> float:
         block = np.array([*arguments, self._results.ctypes.data], np.int64)
-        tape = np.array([[self._device.kernels.address(name), block.ctypes.data]], np.int64)
+        tape = np.array([[self._device.kernels.address(name), block.ctypes.data, 1]], np.int64)
         seconds = []
         for _ in range(PASSES):
             start = perf_counter()

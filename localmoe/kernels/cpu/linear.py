@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmoe.kernels.cpu import gemm, products
 from localmoe.kernels.cpu.activations import QUANTISERS, activation_nbytes
-from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, slots
+from localmoe.kernels.cpu.arguments import Argument, At, Function, row_count, share, slots
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.matmul import dequantise_kernel, gemv_kernel
 from localmoe.kernels.program import Op, Tensor
@@ -36,19 +36,37 @@ def quantise_rows(v: Any) -> Any:
     return run
 
 
-@kernel("gemv_weights", 3)
-def gemv_weights(v: Any) -> Any:
-    """One row times several weights. Arguments: control, rows, count, then for each weight: matrix-vector kernel,
-    weights, row bytes, activations, out, columns, rows, bias (0: none)."""
+@kernel("quantise_for_itself", 3)
+def quantise_for_itself(v: Any) -> Any:
+    """Rows of one token, all of them by each thread: shorter than waiting for others to do a part. Arguments: control,
+    rows, x, bytes to the next thread's copy of it (0: shared), its row stride (bytes), count, activations, bytes of a
+    row of them, columns, quantiser."""
     slot = slots(v)
 
     def run(a, thread, threads):
-        for w in range(a + 24, a + 24 + 64 * slot(a, 2), 64):
-            start, stop = slot(w, 6) * thread // threads, slot(w, 6) * (thread + 1) // threads
-            v.call(slot(w, 0), slot(w, 1), slot(w, 2), slot(w, 3), slot(w, 4), slot(w, 5), start, stop)
-            if slot(w, 7) != 0:
+        source, count = slot(a, 2) + thread * slot(a, 3), slot(a, 5)
+        target = slot(a, 6) + thread * count * slot(a, 7)
+        for row in range(count):
+            v.call(slot(a, 9), source + row * slot(a, 4), target + row * slot(a, 7), slot(a, 8))
+
+    return run
+
+
+@kernel("gemv_weights", 3)
+def gemv_weights(v: Any) -> Any:
+    """One row times several weights. Arguments: control, rows, count, then for each weight: matrix-vector kernel,
+    weights, row bytes, activations, bytes to the next thread's copy of them (0: shared), out, columns, rows, bias (0:
+    none)."""
+    slot, part = slots(v), share(v)
+
+    def run(a, thread, threads):
+        for w in range(a + 24, a + 24 + 72 * slot(a, 2), 72):
+            start, stop = part(slot(w, 7), thread, threads)
+            x, out = slot(w, 3) + thread * slot(w, 4), slot(w, 5)
+            v.call(slot(w, 0), slot(w, 1), slot(w, 2), x, out, slot(w, 6), start, stop)
+            if slot(w, 8) != 0:
                 for r in range(4 * start, 4 * stop, 4):
-                    v.store(slot(w, 4) + r, v.load(v.float32, slot(w, 4) + r) + v.load(v.float32, slot(w, 7) + r))
+                    v.store(out + r, v.load(v.float32, out + r) + v.load(v.float32, slot(w, 8) + r))
 
     return run
 
@@ -193,6 +211,20 @@ def quantised(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
     return place, nbytes * heads, nbytes
 
 
+def for_itself(lowering: Lowering, x: Tensor, kind: str) -> tuple[At, int, int]:
+    """Where a token's activations stand in the form `kind`, each thread's own: with the bytes from one thread's copy to
+    the next and from one row of x (1, D) or (1, rows, D) to the next; x itself for f32."""
+    count, stride = (x.shape[1], 4 * x.strides[1]) if len(x.shape) == 3 else (1, 0)
+    if kind == "f32":
+        return lowering.at(x), lowering.apart(x), stride
+    columns = x.shape[-1]
+    nbytes = activation_nbytes(kind, columns)
+    place = lowering.temporary(nbytes * count * lowering.threads)
+    source = (lowering.at(x), lowering.apart(x), stride, count)
+    lowering.emit("quantise_for_itself", x, *source, place, nbytes, columns, Function(QUANTISERS[kind]))
+    return place, nbytes * count, nbytes
+
+
 def packed(lowering: Lowering, x: Tensor, form: str) -> At:
     """Room for the panels of x (T, K) in that form, and the op that fills it."""
     isa, columns = lowering.isa, x.shape[1]
@@ -203,21 +235,27 @@ def packed(lowering: Lowering, x: Tensor, form: str) -> At:
     return panels
 
 
+def by_vectors(op: Op) -> bool:
+    """Whether a `linear` of one row goes to the matrix-vector kernels: not where these would round an exact input."""
+    weights = op.weights[: len(op.outputs)]
+    exact = op.attributes["exact"] and any(gemv_kernel(w.format)[1] != "f32" for w in weights)
+    return op.inputs[0].shape[0] == 1 and not exact
+
+
 def lower_linear(lowering: Lowering, op: Op) -> None:
     (x,), flags = op.inputs, op.attributes["biased"]
     biases = iter(op.weights[len(flags) :])
     shift = [lowering.floats(next(biases)) if biased else 0 for biased in flags]
     pairs = list(zip(op.weights, op.outputs, shift, strict=False))
-    inexact = op.attributes["exact"] and any(gemv_kernel(w.format)[1] != "f32" for w, _, _ in pairs)
     arguments: list[Argument] = []
-    if x.shape[0] == 1 and not inexact:
+    if by_vectors(op):
         forms = {
-            kind: quantised(lowering, x, kind)[0]
+            kind: for_itself(lowering, x, kind)[:2]
             for kind in dict.fromkeys(gemv_kernel(w.format)[1] for w, _, _ in pairs)
         }
         for weight, out, bias in pairs:
             name, kind = gemv_kernel(weight.format)
-            place = (Function(name), lowering.address(weight), weight.row_nbytes, forms[kind], lowering.at(out))
+            place = (Function(name), lowering.address(weight), weight.row_nbytes, *forms[kind], lowering.at(out))
             arguments += [*place, weight.columns, weight.rows, bias]
         lowering.emit("gemv_weights", x, len(pairs), *arguments)
         return

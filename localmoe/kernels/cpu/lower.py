@@ -1,7 +1,8 @@
 """Lowering: each op of a Program to tape entries, each buffer to a place in the arena; knows kernels by name only.
 
 Every argument block begins with the address of the control slots (tokens, position) and a fixed row count (0: as many
-as tokens).
+as tokens). In a step of one token threads wait for each other only where an op reads what another thread wrote: see
+`Lowering.run` and `split`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ LINE = 64
 
 
 ADDRESS_OF_CONTROL = At(-1)
+Split = str | tuple[str, int]
 
 
 @dataclass
@@ -73,27 +75,52 @@ class Lowering:
         self.kept: list[npt.NDArray[np.generic]] = []  # what argument blocks point at, beside the arena
         self._places: dict[int, int] = {}
         self._entries: list[tuple[str, tuple[Argument, ...]]] = []
+        self._barriers: list[bool] = []
+        self._written: dict[int, Split] = {}  # buffers written since the last barrier, and how
         self._temporary: list[int] = []
+        self._leaving: list[int] = []  # places that other threads may still be using
+        self._open = False  # whether the entries of the current op need no barrier behind them
+        self._private = private_buffers(program) if self.threads > 1 else frozenset()
 
     def run(self) -> None:
-        """Lower every op in order; a buffer's place is given back after its last use."""
+        """Lower every op in order; a buffer's place is given back after its last use, at the next barrier."""
         last = self.program.last_uses()
         self._place(self.program.input)
         for i, op in enumerate(self.program.ops):
+            how = split(op, self._private) if self.program.tokens == 1 else None
+            if how is None or any(self._written.get(t.buffer, how) not in (how, "private") for t in op.inputs):
+                self.barrier()
             for tensor in op.outputs:
                 self._place(tensor)
+            self._open = how is not None
             LOWERINGS[op.name](self, op)
-            for offset in self._temporary:
-                self.arena.give(offset)
+            if how is None:
+                self.barrier()
+            for tensor in op.outputs if how else ():
+                private = tensor.buffer in self._private
+                self._written[tensor.buffer] = how if how != "whole" else "private" if private else floats(tensor)
+            ended = {t.buffer for t in (*op.inputs, *op.outputs) if last[t.buffer] == i} - {self.program.input.buffer}
+            self._leaving += [*self._temporary, *(self._places[buffer] for buffer in ended)]
             self._temporary.clear()
-            for buffer in {t.buffer for t in (*op.inputs, *op.outputs)}:
-                if last[buffer] == i and buffer != self.program.input.buffer:
-                    self.arena.give(self._places[buffer])
 
     def emit(self, kernel: str, tensor: Tensor, *arguments: Argument) -> None:
         """A tape entry whose rows are those of `tensor`: the step's tokens, or fixed."""
         fixed = tensor.shape[0] if tensor.shape[0] != self.program.tokens or self.program.tokens == 1 else 0
         self._entries.append((kernel, (ADDRESS_OF_CONTROL, fixed, *arguments)))
+        self._barriers.append(not self._open)
+
+    def barrier(self) -> None:
+        """Threads wait for each other behind what was emitted last."""
+        if self._barriers:
+            self._barriers[-1] = True
+        self._written.clear()
+        for offset in self._leaving:
+            self.arena.give(offset)
+        self._leaving.clear()
+
+    def apart(self, tensor: Tensor) -> int:
+        """Bytes from one thread's copy of a tensor to the next one's; 0 where threads share it."""
+        return line_nbytes(4 * prod(tensor.shape)) if tensor.buffer in self._private else 0
 
     def at(self, tensor: Tensor) -> At:
         """Where a tensor (or view) begins."""
@@ -167,10 +194,47 @@ class Lowering:
         arguments = np.array([n for block in blocks for n in block], np.int64)
         places = arguments.ctypes.data + 8 * starts[:-1]
         kernels = [address(name) for name, _ in self._entries]
-        return arguments, np.stack([np.array(kernels, np.int64), places.astype(np.int64)], axis=1)
+        columns = (kernels, places, self._barriers)
+        return arguments, np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
 
     def _place(self, tensor: Tensor) -> None:
-        self._places[tensor.buffer] = self.arena.take(4 * prod(tensor.shape))
+        copies = self.threads if tensor.buffer in self._private else 1
+        self._places[tensor.buffer] = self.arena.take(copies * line_nbytes(4 * prod(tensor.shape)))
+
+
+def split(op: Op, private: frozenset[int]) -> Split | None:
+    """How threads share an op of one token where it leaves them no need to wait; None: they wait before and behind it.
+
+    Each takes its part of so many heads or of so many floats, and needs what itself wrote where the array that it reads
+    was shared in the same way. "whole": it reads all of its input; what it writes is shared by floats, or private.
+    """
+    out = op.outputs[0] if op.outputs else op.inputs[0]
+    if op.name == "experts" or out.buffer in private or (op.name == "linear" and linear.by_vectors(op)):
+        return "whole"
+    if op.name in ("rms_norm", "rope", "concat", "cache_append", "head_linear"):
+        return ("heads", out.shape[1] if len(out.shape) == 3 else 1)
+    side_by_side = all(t.offset == 0 and t.strides == contiguous(t.shape) for t in op.inputs)
+    if op.name in ("add", "glu") and side_by_side and len({t.shape for t in op.inputs}) == 1:
+        return floats(out)
+    return None
+
+
+def floats(tensor: Tensor) -> Split:
+    return ("floats", prod(tensor.shape))
+
+
+def private_buffers(program: Program) -> frozenset[int]:
+    """Norms of a single row that only matrix products read: each thread computes its own copy rather than wait."""
+    if program.tokens > 1:
+        return frozenset()
+    others = [op for op in program.ops if op.name != "experts" and not (op.name == "linear" and linear.by_vectors(op))]
+    readers = {t.buffer for op in others for t in op.inputs}
+    norms = {op.outputs[0].buffer for op in program.ops if op.name == "rms_norm" and len(op.outputs[0].shape) == 2}
+    return frozenset(norms - readers - {program.output.buffer})
+
+
+def line_nbytes(nbytes: int) -> int:
+    return -(-nbytes // LINE) * LINE
 
 
 def padded(width: int) -> int:

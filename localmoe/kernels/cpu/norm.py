@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @kernel("rms_norm", 3)
 def rms_norm(v: Any) -> Any:
-    """Arguments: control, rows, x, its token and head strides (bytes), out, heads, width, weight (0: none), epsilon."""
+    """Arguments: control, rows, x, its token and head strides (bytes), out, heads, width, weight (0: none), epsilon,
+    bytes to the next thread's copy of out, which each thread fills for itself (0: they share the rows)."""
     slot, rows = slots(v), row_count(v)
 
     def run(a, thread, threads):
@@ -24,7 +25,10 @@ def rms_norm(v: Any) -> Any:
         x, token_stride, head_stride, out = slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5)
         heads, width, weight, epsilon = slot(a, 6), slot(a, 7), slot(a, 8), v.load(v.float32, a + 72)
         whole = width - width % v.lanes
-        for row in range(tokens * heads * thread // threads, tokens * heads * (thread + 1) // threads):
+        start, stop = tokens * heads * thread // threads, tokens * heads * (thread + 1) // threads
+        if slot(a, 10) != 0:
+            start, stop, out = 0, tokens * heads, out + thread * slot(a, 10)
+        for row in range(start, stop):
             source = x + row // heads * token_stride + row % heads * head_stride
             target = out + row * width * 4
             squares = v.zero(v.f32)
@@ -51,4 +55,5 @@ def lower_rms_norm(lowering: Lowering, op: Op) -> None:
     heads, head_stride = (x.shape[1], 4 * x.strides[1]) if len(x.shape) == 3 else (1, 0)
     weight = lowering.floats(op.weights[0]) if op.weights else 0
     place = (lowering.at(x), 4 * x.strides[0], head_stride, lowering.at(out))
-    lowering.emit("rms_norm", x, *place, heads, x.shape[-1], weight, float(op.attributes["epsilon"]))
+    epsilon = float(op.attributes["epsilon"])
+    lowering.emit("rms_norm", x, *place, heads, x.shape[-1], weight, epsilon, lowering.apart(out))

@@ -1,6 +1,6 @@
 """The thread team and the loop each of its threads runs: op after op of a tape, with a barrier between; knows no op.
 
-A tape entry is (kernel address, argument block address). The barrier spins, then sleeps on a futex (Linux): 0.3 µs an
+A tape entry is (kernel address, argument block address, whether a barrier follows). The barrier spins, then sleeps on a futex (Linux): 0.3 µs an
 op while every thread has a core. Where a core is shared with another program, spinning only keeps the system from
 putting the waiting thread to use, and a step gets ten times slower: see `Patience`.
 """
@@ -26,7 +26,8 @@ _LINE = 64  # bytes: arrivals, generation, sleepers and the count of sleeps each
 
 @kernel("run_tape", 6)
 def run_tape(v: Any) -> Any:
-    """(tape, entries, sync, spins, thread, threads): run every entry; the last barrier ends the step for all."""
+    """(tape, entries, sync, spins, thread, threads): run every entry; the last barrier ends the step for all. Elsewhere
+    threads wait for each other where an entry's third number is not 0."""
     slot = slots(v)
     sleep, wake = futex(v)
     mode, set_mode = denormal_mode(v)
@@ -35,8 +36,8 @@ def run_tape(v: Any) -> Any:
         before = mode()
         v.flush_denormals()
         for i in range(entries):
-            v.call(slot(tape, 2 * i), slot(tape, 2 * i + 1), thread, threads)
-            if threads > 1:
+            v.call(slot(tape, 3 * i), slot(tape, 3 * i + 1), thread, threads)
+            if threads > 1 and (slot(tape, 3 * i + 2) != 0 or i == entries - 1):
                 generation = v.atomic_load(sync + 64)
                 if v.atomic_add(sync, 1) == threads - 1:
                     v.atomic_store(sync, 0)
@@ -105,11 +106,11 @@ class Patience:
         """For the next step."""
         return FEW_SPINS if self._sleepy_steps else SPINS
 
-    def learn(self, entries: int, sleeps: int) -> None:
-        """A step of so many entries slept so many times, all threads together."""
+    def learn(self, barriers: int, sleeps: int) -> None:
+        """A step of so many barriers slept so many times, all threads together."""
         if self._sleepy_steps:
             self._sleepy_steps -= 1
-        elif 2 * sleeps > entries:
+        elif 2 * sleeps > barriers:
             self._sleepy_steps, self._penalty = self._penalty, min(2 * self._penalty, self.MOST)
         else:
             self._penalty = self.LEAST
@@ -125,6 +126,7 @@ class Team:
         )  # a call through ctypes lets go of the GIL
         self._memory = np.zeros(5 * _LINE, np.uint8)
         self._sync = self._memory.ctypes.data + (-self._memory.ctypes.data % _LINE)
+        self._barriers = ctypes.c_int64.from_address(self._sync + _LINE)
         self._slept = ctypes.c_int64.from_address(self._sync + 3 * _LINE)
         self._patience = Patience()
         self._job = (0, 0, self._sync, SPINS)
@@ -138,13 +140,13 @@ class Team:
     def run(self, tape: int, entries: int) -> None:
         """Run a tape of one or more entries with all threads; returns when every one has come to the last barrier."""
         self._job = job = (tape, entries, self._sync, self._patience.spins)
-        slept = self._slept.value
+        before, slept = self._barriers.value, self._slept.value
         walk = partial(self._walk, *job, 0, self.threads)
         # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
         # without the others.
         steps: list[Callable[[], None]] = [*(gate.release for gate in self._gates), walk]
         deque(map(operator.call, steps), maxlen=0)
-        self._patience.learn(entries, self._slept.value - slept)
+        self._patience.learn(self._barriers.value - before, self._slept.value - slept)
 
     def close(self) -> None:
         self._closed = True
