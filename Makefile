@@ -6,7 +6,7 @@ ARGS ?=
 PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test lint fix conformance oracle bench pin
+.PHONY: help setup chat test lint fix conformance oracle bench aot wheel pin
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ oracle: setup ## fresh random models against transformers; installs torch
 
 bench: test ## speed of MODEL=path (the bundled model without it), behind green tests
 	@$(BIN)/localmoe bench "$(or $(MODEL),models/localmoe-demo.gguf)" $(ARGS)
+
+aot: setup ## kernels as machine code for every target, so that no start compiles (minutes)
+	@$(BIN)/python -m localmoe.kernels.cpu.ahead $(ARGS)
+
+wheel: aot ## a wheel in dist/ with these kernels in it
+	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 pin: setup ## write constraints.txt anew from pyproject.toml, every platform
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv

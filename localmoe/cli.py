@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -135,7 +134,7 @@ def chat(
     with opened(screen, model, context=context, threads=threads, device=device, lazy=lazy, kv_format=kv) as found:
         session = open_session(found, template, system, sampling)
         greet(screen, found, session)
-        converse(Talk(session, screen), open_reader(screen.is_terminal))
+        converse(Talk(session, screen), open_reader(screen.is_terminal, session.prepare))
 
 
 @app.command()
@@ -198,40 +197,61 @@ def inspect_model(
 @app.command()
 def bench(
     model: ModelArgument,
-    prompt: Annotated[
-        int, typer.Option("-p", "--prompt", min=0, help="Prompt tokens to read; 0 leaves the test out.")
-    ] = 512,
-    generate: Annotated[int, typer.Option("-n", "--generate", min=0, help="Tokens to generate; 0 leaves it out.")] = 64,
-    repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs of each test.")] = 5,
-    threads: Threads = None,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Prompts to read, in tokens; 0: none.")] = "512",
+    generate: Annotated[str, typer.Option("-n", "--generate", help="Tokens to generate; 0: none.")] = "64",
+    depth: Annotated[str, typer.Option("-d", "--depth", help="Tokens in the cache before each test.")] = "0",
+    repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Rounds: each runs every test once.")] = 5,
+    threads: Annotated[str, typer.Option("--threads", "-t", help="CPU threads; by default the physical cores.")] = "",
+    kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache.")] = "f16",
+    lazy: Annotated[str, typer.Option("--lazy", help="Loading modes: auto, mmap, off.")] = "auto",
+    device: DeviceName = "cpu",
+    ops: Annotated[
+        bool, typer.Option("--ops", help="Instead of the tests: where a step's time goes, op by op.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A llama-bench binary to measure in turns with localmoe.")
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw bars below the table.")] = False,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the bars into an SVG file.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Append tables and the machine's description to a file.")
+    ] = None,
 ) -> None:
-    """Measure speed, in tokens per second and in per cent of what this machine could reach."""
-    from localmoe import benchmark
+    """Measure speed, in tokens per second and in per cent of what this machine could reach.
+
+    Sizes, depths, threads and formats may be lists, such as -p 128,512; every combination is measured.
+    """
+    from localmoe.benchmark import chart, measure, peer, report, request, roofline
     from localmoe.repl.render import Screen
 
-    screen = Screen()
+    how = {"prompt": prompt, "generate": generate, "depth": depth, "threads": threads, "kv": kv, "lazy": lazy}
+    asked, screen = request.read_request(model, **how, device=device, repeat=repeat), Screen()
+    if ops and against:
+        raise SettingError("--ops looks into localmoe alone; leave --against out")
     with screen.progress("measuring") as bar:
-        results = benchmark.run(model, threads=threads, prompt=prompt, generate=generate, repeat=repeat, progress=bar)
+        if ops:
+            found = report.report_of_profiles(roofline.run(asked, bar))
+        else:
+            found = report.report_of_results(measure.run(asked, peer.Peer(against) if against else None, bar))
+    if save:
+        print(f"saved in {found.save(save)}", file=sys.stderr)
+    if svg:
+        chart.save_svg(found.bars, svg)
     if as_json:
-        print(json.dumps([asdict(row) for row in results], indent=2))
-        return
-    header = ("test", "tokens/s", "of the limit", "note")
-    rows = [
-        (
-            row.test,
-            f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
-            f"{row.limit_percent:.0f} % of {row.limit_name}",
-            row.note,
-        )
-        for row in results
-    ]
-    if markdown:
-        for cells in (header, ("---",) * len(header), *rows):
-            print("| " + " | ".join(cells) + " |")
+        print(found.json())
+    elif markdown:
+        print(found.markdown(), end="")
     else:
-        screen.rows(rows, header)
+        for table in found.tables:
+            if table.title:
+                screen.line(table.title, "bold")
+            screen.rows(table.rows, table.header)
+        for remark in found.remarks:
+            screen.notice(remark)
+        if plot:
+            screen.console.print(chart.drawn(found.bars))
 
 
 @contextmanager

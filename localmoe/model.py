@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
 from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
-from localmoe.tokenizer import Tokenizer
 
-CHUNK = 256  # tokens of a prefill step: the float GEMM is at its rate from about 128 on, and Ctrl+C waits for one step
+if TYPE_CHECKING:
+    from localmoe.tokenizer import Tokenizer
+
+CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
 SCORE_CHUNK = 64  # all logits of a step are kept: 64 rows of a 150,000-token vocabulary are 38 MB
 DEFAULT_CONTEXT = 8192
 LAZY_MODES = ("auto", "mmap", "off")
@@ -92,9 +94,11 @@ class Model:
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
-        self._plans: dict[tuple[int, bool], Plan] = {}
-        for tokens in (1, self.chunk):  # compiled now, under the progress bar, and not when the first answer is awaited
-            self._plan(tokens, all_rows=False)
+        sizes = sorted(
+            {1, self.chunk}
+        )  # compiled now, under the progress bar, and not when the first answer is awaited
+        plans = self.device.compile_all([self.network.program(tokens) for tokens in sizes])
+        self._plans: dict[tuple[int, bool], Plan] = {(n, False): plan for n, plan in zip(sizes, plans, strict=True)}
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -125,15 +129,23 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Built when first asked for. Raises TokenizerError."""
+        from localmoe.tokenizer import Tokenizer
+
         folder = self.source.tokenizer_folder
         return Tokenizer.from_folder(folder) if folder else Tokenizer.from_gguf(self.metadata)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file has a chat template; it is not compiled for this."""
+        source = self.metadata.get("tokenizer.chat_template")
+        return isinstance(source, str) and bool(source.strip())
 
     @cached_property
     def template(self) -> Template | None:
         """The model's own chat template, if the file has one. Raises TemplateError when it does not parse."""
-        source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str) or not source.strip():
+        if not self.has_template:
             return None
+        source = self.metadata["tokenizer.chat_template"]
         token, bos, eos = self.tokenizer.token, self.tokenizer.bos, self.tokenizer.eos
         return Template(
             source, name="the model's own", bos="" if bos is None else token(bos), eos="" if eos is None else token(eos)

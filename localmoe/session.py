@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, Protocol
 
 from localmoe.engine import CausalModel, Engine, Progress, Step, TextDecoder
@@ -48,6 +50,8 @@ class ChatModel(CausalModel, Protocol):
     def name(self) -> str: ...
     @property
     def tokenizer(self) -> ChatTokenizer: ...
+    @property
+    def has_template(self) -> bool: ...
     @property
     def template(self) -> ChatTemplate | None: ...
     @property
@@ -125,13 +129,13 @@ class Session:
         system: str | None = None,
     ) -> None:
         """`template` defaults to the model's own, `settings` to what it recommends; TemplateError without any."""
-        own = template or model.template
-        if own is None:
+        if template is None and not model.has_template:
             raise TemplateError(
                 f"{model.name} has no chat template: name one with --template ({', '.join(choices())}), or a file"
             )
         self.model = model
-        self.template: ChatTemplate = own
+        self._given = template
+        self._preparing = Lock()
         self.reasoning = reasoning_markers(template.source) if template else model.reasoning
         self.settings = settings or SamplingSettings().changed(**model.recommended)
         self.system = system
@@ -139,6 +143,19 @@ class Session:
         self.engine = Engine(model)
         self.finish: Finish | None = None
         self._spoken: Spoken | None = None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """As given, else the model's own, compiled when first asked for. Raises TemplateError."""
+        own = self._given or self.model.template
+        assert own is not None, "a session without a template"
+        return own
+
+    def prepare(self) -> None:
+        """Have the tokenizer and the template ready, which the first answer would wait for; from any thread. Raises
+        TokenizerError, TemplateError."""
+        with self._preparing:
+            _ = self.model.tokenizer, self.template
 
     def send(self, text: str, progress: Progress | None = None) -> Iterator[Piece]:
         """The answer to `text` in pieces. Ended early, the answer so far is kept; without any, `text` is taken back."""
@@ -183,6 +200,7 @@ class Session:
         Ids that the model generated are kept where the text agrees: tokenising an answer anew may cut it elsewhere, and
         would lose the cached prefix.
         """
+        self.prepare()
         system = [{"role": "system", "content": self.system}] if self.system else []
         rendered = self.template.render([*system, *self.messages], add_generation_prompt=True)
         spoken, tokenizer = self._spoken, self.model.tokenizer

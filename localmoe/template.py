@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Template as JinjaTemplate
-from jinja2 import TemplateSyntaxError
-
 from localmoe.errors import TemplateError
-from localmoe.sandbox import Budget, Guarded, Sandbox
 
 SOURCE_LIMIT = 1 << 16  # characters of a template; the longest real ones have 20 thousand
 
@@ -31,6 +27,10 @@ class Template:
 
     def __init__(self, source: str, *, name: str, bos: str = "", eos: str = "") -> None:
         """Raises TemplateError, with the line, for what is no jinja2."""
+        from jinja2 import TemplateSyntaxError
+
+        from localmoe.sandbox import Budget, Guarded, Sandbox
+
         self.source, self.name, self.bos, self.eos = source, name, bos, eos
         if len(source) > SOURCE_LIMIT:
             raise TemplateError(f"template {name}: {len(source):,} characters long, possible are {SOURCE_LIMIT:,}")
@@ -50,6 +50,10 @@ class Template:
 
         Raises TemplateError for what the template raises, and where it exceeds its bounds.
         """
+        from jinja2 import Template as JinjaTemplate
+
+        from localmoe.sandbox import Budget, Sandbox
+
         budget = Budget()
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         known = {"bos_token": self.bos, "eos_token": self.eos}

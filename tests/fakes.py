@@ -101,6 +101,10 @@ class FakeModel:
         self.before_call: Callable[[], None] = lambda: None
         self.closed = False
 
+    @property
+    def has_template(self) -> bool:
+        return self.template is not None
+
     def forward(
         self, tokens: Sequence[int], position: int, all_logits: bool = False, *, prompt: bool = False
     ) -> np.ndarray:

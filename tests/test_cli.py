@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,41 +240,6 @@ def test_inspect_prints_sections_or_json(monkeypatch: pytest.MonkeyPatch, capsys
         "Model": {"architecture": "llama", "context": "None"},
         "program": [{"op": "embed", "bytes": "12"}, {"op": "linear", "bytes": "3400"}],
     }
-
-
-@dataclass
-class Row:
-    test: str
-    tokens_per_second: float
-    deviation: float
-    limit_name: str
-    limit_percent: float
-    note: str
-
-
-def test_bench_prints_a_table_markdown_or_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def run(path: Path, progress: Any, **how: Any) -> list[Row]:
-        asked.update(how)
-        return [Row("tg64", 12.345, 0.5, "memory", 61.4, "")]
-
-    told = SimpleNamespace(run=run)
-    monkeypatch.setitem(sys.modules, "localmoe.benchmark", told)
-    monkeypatch.setattr(localmoe, "benchmark", told, raising=False)
-    assert call("bench", "x.gguf", "-p", "8", "-n", "4", "-r", "2", "--markdown") == 0
-    assert asked == {"threads": None, "prompt": 8, "generate": 4, "repeat": 2}
-    assert capsys.readouterr().out.splitlines() == [
-        "| test | tokens/s | of the limit | note |",
-        "| --- | --- | --- | --- |",
-        "| tg64 | 12.35 ± 0.50 | 61 % of memory |  |",
-    ]
-    assert call("bench", "x.gguf", "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["limit_percent"] == 61.4
-    assert call("bench", "x.gguf") == 0
-    assert "12.35 ± 0.50" in capsys.readouterr().out
 
 
 def python(program: str, *words: str, **how: Any) -> subprocess.Popen[bytes]:

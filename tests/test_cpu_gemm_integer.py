@@ -40,7 +40,7 @@ def aligned(nbytes: int) -> np.ndarray:
 def product(which: str, name: str, x: Floats, rows: np.ndarray, cuts: tuple[int, ...] = ()) -> Floats:
     """(T, rows) by the packing and the GEMM kernel, rows cut into several calls; all memory poisoned before."""
     chosen, (tokens, columns) = isa.named(which), x.shape
-    form, name_of_gemm, name_of_unpack = gemm_integer.integer_kernels(name)
+    form, name_of_gemm, name_of_unpack = gemm_integer.integer_kernels(name, chosen)
     panels = aligned(gemm_integer.panels_nbytes(form, tokens, columns))
     function(which, f"pack_{form}", 5)(x.ctypes.data, x.strides[0], tokens, columns, panels.ctypes.data)
     assert (panels[-64:] == 0xFF).all(), "packing wrote behind its panels"

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from localmoe.engine import Stats
+from localmoe.errors import TokenizerError
 from localmoe.repl.commands import COMMANDS
 from localmoe.repl.input import (
     CommandCompleter,
@@ -32,6 +34,7 @@ from localmoe.repl.input import (
     history_at,
     is_complete,
     message_of,
+    open_reader,
     state_folder,
 )
 from localmoe.repl.loop import converse
@@ -278,6 +281,31 @@ def test_ctrl_d_leaves(keys: PipeInput) -> None:
     keys.send_text("\x04")
     with pytest.raises(EOFError):
         TerminalReader().read()
+
+
+def test_what_the_first_message_needs_is_prepared_once_and_beside_the_first_prompt(keys: PipeInput) -> None:
+    threads: list[threading.Thread] = []
+    called = threading.Event()
+
+    def prepare() -> None:
+        threads.append(threading.current_thread())
+        called.set()
+
+    reader = TerminalReader(prepare=prepare)
+    assert not threads
+    keys.send_text("one\rtwo\r")
+    assert (reader.read(), reader.read()) == ("one", "two")
+    assert called.wait(30)
+    assert threads != [threading.current_thread()]
+    assert len(threads) == 1
+
+
+def test_from_a_pipe_the_preparation_comes_first_and_its_error_is_heard() -> None:
+    def prepare() -> None:
+        raise TokenizerError("a broken vocabulary")
+
+    with pytest.raises(TokenizerError, match="a broken vocabulary"):
+        open_reader(False, prepare)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,20 @@ def test_without_a_template_the_choices_are_named() -> None:
         Session(model)
 
 
+def test_a_session_begins_before_tokenizer_and_template_are_there() -> None:
+    class Unfinished(FakeModel):
+        has_template = True
+
+    model = Unfinished({"hello": "Hi."})
+    tokenizer, template = model.tokenizer, model.template
+    del model.tokenizer, model.template
+    session = Session(model)
+    with pytest.raises(AttributeError, match="tokenizer"):
+        session.prepare()
+    model.tokenizer, model.template = tokenizer, template
+    assert say(session, "hello") == "Hi."
+
+
 def test_a_template_is_chosen_by_name_or_by_file(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{{ messages[0].content }}<think>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,10 @@ class Device(Protocol):
     threads: int
 
     def compile(self, program: Program) -> Plan: ...
+
+    def compile_all(self, programs: Sequence[Program]) -> Sequence[Plan]:
+        """A Plan for each; what has to be made for several of them is made once, under one count of progress."""
+        ...
 
     def close(self) -> None:
         """Give back threads and memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -55,6 +55,9 @@ class ReferenceDevice:
         self.context = context
         self.kv_type = np.float16 if kv_format == "f16" else np.float32
         self.caches: dict[int, tuple[Array, Array | None]] = {}
+
+    def compile_all(self, programs: Sequence[Program]) -> list[ReferencePlan]:
+        return [self.compile(program) for program in programs]
 
     def compile(self, program: Program) -> ReferencePlan:
         for layer in program.cache:

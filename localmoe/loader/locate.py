@@ -7,7 +7,6 @@ from pathlib import Path
 
 from localmoe.errors import FileFormatError
 from localmoe.loader.gguf import SPLIT_NAME, is_gguf, open_gguf
-from localmoe.loader.huggingface import open_folder
 from localmoe.loader.source import Source, listed, require_file
 
 BUNDLED = "localmoe-demo.gguf"
@@ -26,7 +25,7 @@ def open_source(path: str | Path) -> Source:
     if path.suffix == ".safetensors" and not is_gguf(path):
         if not os.path.isfile(path.parent / "config.json"):
             raise FileFormatError(f"{path}: safetensors need config.json beside them, which is not in {path.parent}")
-        return open_folder(path.parent)
+        return _open_folder(path.parent)
     return open_gguf(path)
 
 
@@ -34,7 +33,7 @@ def _open_directory(folder: Path) -> Source:
     """Hugging Face's layout goes first: such folders may hold conversions as well."""
     configured = os.path.isfile(folder / "config.json")
     if configured and next(folder.glob("*.safetensors"), None):
-        return open_folder(folder)
+        return _open_folder(folder)
     models = one_per_model(sorted(folder.glob("*.gguf")))
     if len(models) == 1:
         return open_gguf(models[0])
@@ -44,6 +43,12 @@ def _open_directory(folder: Path) -> Source:
     if configured:
         raise FileFormatError(f"{folder}: config.json is there, but no .safetensors file; expected {POSSIBLE}")
     raise FileFormatError(f"{folder}: holds no model; expected {POSSIBLE}")
+
+
+def _open_folder(folder: Path) -> Source:
+    from localmoe.loader.huggingface import open_folder  # not needed for most models: a start should not wait for it
+
+    return open_folder(folder)
 
 
 def one_per_model(files: list[Path]) -> list[Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Protocol, TextIO
 
 from prompt_toolkit import PromptSession
@@ -14,6 +16,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from localmoe.errors import LocalMoeError
 from localmoe.repl.commands import COMMANDS
 
 PROMPT, CONTINUATION = ">>> ", "... "
@@ -88,7 +91,8 @@ class CommandCompleter(Completer):
 class TerminalReader:
     """Messages typed at a terminal, with history, completion and several lines."""
 
-    def __init__(self, history: Path | None = None) -> None:
+    def __init__(self, history: Path | None = None, prepare: Callable[[], None] = lambda: None) -> None:
+        """`prepare` is run once, in a thread of its own, when the first prompt stands."""
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             multiline=True,
@@ -99,16 +103,35 @@ class TerminalReader:
             reserve_space_for_menu=4,
             key_bindings=_keys(),
         )
+        drawn = self._session.app.after_render
+
+        def begin(_: object) -> None:
+            drawn.remove_handler(begin)
+            Thread(target=prepare).start()
+
+        drawn.add_handler(begin)
 
     def read(self) -> str:
         return message_of(self._session.prompt())
 
 
-def open_reader(on_terminal: bool) -> Reader:
-    """A reader for standard input: with line editing where a person sits at both ends."""
+def open_reader(on_terminal: bool, prepare: Callable[[], None] = lambda: None) -> Reader:
+    """A reader for standard input: with line editing where a person sits at both ends. `prepare` gets ready what the
+    first message will need: beside the first prompt, or now where nobody waits for one. Raises what it raises now."""
     if on_terminal and sys.stdin.isatty():
-        return TerminalReader(state_folder() / "history")
+        return TerminalReader(state_folder() / "history", _quiet(prepare))
+    prepare()
     return LineReader(sys.stdin)
+
+
+def _quiet(prepare: Callable[[], None]) -> Callable[[], None]:
+    """Without its errors: the first message meets them again, where they can be shown."""
+
+    def run() -> None:
+        with suppress(LocalMoeError):
+            prepare()
+
+    return run
 
 
 def state_folder() -> Path:

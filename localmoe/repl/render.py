@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -161,6 +160,8 @@ class Screen:
 
     def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
         """A plain table; the last column takes the width that is left."""
+        from rich.table import Table
+
         table = Table(*header, box=None, show_header=bool(header), pad_edge=False, header_style="bold")
         for row in rows:
             table.add_row(*(Text(visible(cell)) for cell in row))

@@ -34,8 +34,8 @@ def slots(v: Any) -> Any:
 
 
 def share(v: Any) -> Any:
-    """`share(count, thread, threads)` in a kernel: (start, stop) of a thread's part of `count` floats, by whole lines of
-    16, so that every op shares the same array in the same way."""
+    """`share(count, thread, threads)` in a kernel: (start, stop) of a thread's part of `count` floats, by whole lines
+    of 16, so that every op shares the same array in the same way."""
 
     def part(count, thread, threads):  # type: ignore[no-untyped-def]
         lines = (count + 15) // 16

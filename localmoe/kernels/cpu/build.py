@@ -1,5 +1,5 @@
-"""Kernels as machine code: found in the cache or compiled, then loaded by llvmlite; numba is imported only to compile
-one.
+"""Kernels as machine code: shipped, or found in the cache, or compiled; then loaded by llvmlite. Numba is imported only
+to compile one.
 
 A kernel is a factory `f(v) -> Python function of integers`; `v` holds the vector operations of one instruction set
 (`frontend.py`). Its C form is `void name(int64, ...)`. What a kernel computes is not known here.
@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache as memoised
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 
-from localmoe.kernels.cpu.isa import Isa
+from localmoe.kernels.cpu.isa import Isa, target_of
+from localmoe.kernels.cpu.shipped import FOLDER, SUFFIX, Archive
 
 Factory = Callable[[Any], Callable[..., None]]
 Progress = Callable[[int, int, str], None]
 _TRAILER = hashlib.sha256().digest_size
+_KEPT_CACHES = 3  # folders of the cache; the others belong to versions that were used longer ago
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +79,38 @@ def cache_folder() -> Path:
 
 
 @memoised
-def fingerprint(isa: Isa) -> str:
-    """Changes with any kernel source, the compiler's versions, the processor and the instruction set."""
+def _sources() -> str:
+    """A digest of every file of this package: what kernels are made from, and what calls them."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    versions = f"{version('numba')} {version('llvmlite')} {sys.version_info[:2]}"
-    digest.update(f"{versions} {llvm.get_host_cpu_name()} {llvm.get_process_triple()} {isa}".encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def emitted_fingerprint(isa: Isa) -> str:
+    """Changes with any kernel source, the series of llvmlite that loads an object, and the instruction set."""
+    series = llvmlite.__version__.rpartition(".")[0]
+    return hashlib.sha256(f"{_sources()} {series} {isa}".encode()).hexdigest()[:16]
+
+
+@memoised
+def fingerprint(isa: Isa) -> str:
+    """Changes with any kernel source, the compiler's versions, the processor and the instruction set."""
+    from importlib.metadata import version
+
+    versions = f"{version('numba')} {llvmlite.__version__} {sys.version_info[:2]}"
+    return hashlib.sha256(f"{_sources()} {versions} {llvm.get_host_cpu_name()} {isa}".encode()).hexdigest()[:16]
 
 
 def target_machine(isa: Isa) -> llvm.TargetMachine:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    llvm.initialize_native_asmparser()  # system calls are written as assembly
-    target = llvm.Target.from_triple(llvm.get_process_triple())
+    """What emits code for `isa`, which may be another machine's."""
+    if isa.triple == llvm.get_process_triple():
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(isa.triple)
     emitted = {"cpu": isa.processor, "features": isa.features, "reloc": "pic", "codemodel": "jitdefault"}
     return target.create_target_machine(opt=3, jit=True, **emitted)
 
@@ -98,7 +120,7 @@ def optimised(name: str, isa: Isa) -> llvm.ModuleRef:
     from localmoe.kernels.cpu import frontend
 
     entry = _REGISTRY[name]
-    module = frontend.lower(entry.factory(isa)(frontend.vectors(isa)), name, entry.arguments)
+    module = frontend.lower(entry.factory(isa)(frontend.vectors(isa)), name, entry.arguments, isa)
     machine = target_machine(isa)
     module.data_layout = str(machine.target_data)
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
@@ -109,6 +131,11 @@ def optimised(name: str, isa: Isa) -> llvm.ModuleRef:
     return module
 
 
+def emitted(name: str, isa: Isa) -> bytes:
+    """Kernel `name` as a relocatable object. Imports numba."""
+    return bytes(target_machine(isa).emit_object(optimised(name, isa)))
+
+
 def assembly(name: str, isa: Isa) -> str:
     """The assembly text of a kernel, for people and tests."""
     return str(target_machine(isa).emit_assembly(optimised(name, isa)))
@@ -117,9 +144,14 @@ def assembly(name: str, isa: Isa) -> str:
 class Kernels:
     """Addresses of kernels for one instruction set. It owns the machine code: keep it while an address is in use."""
 
-    def __init__(self, isa: Isa, cache: Path | None = None) -> None:
+    def __init__(self, isa: Isa, cache: Path | None = None, shipped: Path | None = None) -> None:
+        """`cache`: the folder of compiled kernels; `shipped`: that of archives, if not the package's own."""
         self.isa = isa
-        self._folder = (cache or cache_folder()) / fingerprint(isa) / isa.name
+        self._cache = cache or cache_folder()
+        target = target_of(isa)
+        self._shipped = (
+            Archive((shipped or FOLDER) / (target.name + SUFFIX), emitted_fingerprint(target.isa)) if target else None
+        )
         self._engines: list[llvm.ExecutionEngine] = []
         self._addresses: dict[str, int] = {}
 
@@ -135,20 +167,29 @@ class Kernels:
         wanted = [n for n in dict.fromkeys(names) if n not in self._addresses]
         unknown = [n for n in wanted if n not in _REGISTRY]
         assert not unknown, f"no kernel of the name {', '.join(unknown)}; are their modules imported?"
-        objects = {n: code for n in wanted if (code := self._cached(n)) is not None}
+        objects = {n: code for n in wanted if (code := self._ready_made(n)) is not None}
         missing = [n for n in wanted if n not in objects]
         for done, name in enumerate(missing):
             if progress:
                 progress(done, len(missing), name)
-            objects[name] = target_machine(self.isa).emit_object(optimised(name, self.isa))
+            objects[name] = emitted(name, self.isa)
             self._keep(name, objects[name])
-        if progress and missing:
-            progress(len(missing), len(missing), "")
+        if missing:
+            self._forget_old()
+            if progress:
+                progress(len(missing), len(missing), "")
         if objects:
             self._load(objects)
 
+    @cached_property
+    def _folder(self) -> Path:
+        return self._cache / fingerprint(self.isa) / self.isa.name
+
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.o"
+
+    def _ready_made(self, name: str) -> bytes | None:
+        return (self._shipped.object(name) if self._shipped else None) or self._cached(name)
 
     def _cached(self, name: str) -> bytes | None:
         try:
@@ -172,6 +213,18 @@ class Kernels:
                 os.unlink(temporary)
         except OSError:
             return
+
+    def _forget_old(self) -> None:
+        """Leave this fingerprint's folder and those written last; a process that uses another has its objects in
+        memory."""
+        own = self._folder.parent
+        try:
+            others = [f for f in self._cache.iterdir() if re.fullmatch("[0-9a-f]{16}", f.name) and f != own]
+            others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+        except OSError:  # no cache, or another process forgets at the same time
+            return
+        for folder in others[_KEPT_CACHES - 1 :]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, objects: dict[str, bytes]) -> None:
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(self.isa))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +41,16 @@ class CpuDevice:
         self._tables: dict[int, tuple[RopeTable, Floats]] = {}
 
     def compile(self, program: Program) -> CpuPlan:
-        """Lower every op to tape entries; kernels that are not in the cache of compiled ones are compiled now."""
-        lowering = Lowering(self, program)
-        lowering.run()
-        self.kernels.prepare(("run_tape", *lowering.kernel_names()), self._report)
-        return CpuPlan(self, program, lowering)
+        return self.compile_all([program])[0]
+
+    def compile_all(self, programs: Sequence[Program]) -> list[CpuPlan]:
+        """Lower every op to tape entries; kernels that are found nowhere are compiled now, under one count."""
+        lowerings = [Lowering(self, program) for program in programs]
+        for lowering in lowerings:
+            lowering.run()
+        names = [name for lowering in lowerings for name in lowering.kernel_names()]
+        self.kernels.prepare(("run_tape", *names), self._report)
+        return [CpuPlan(self, program, lowering) for program, lowering in zip(programs, lowerings, strict=True)]
 
     def threads_run(self, tape: npt.NDArray[np.int64]) -> None:
         """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
@@ -108,6 +114,14 @@ class CpuPlan:
         for start in range(0, len(self._tape), entries):
             self._device.threads_run(self._tape[start : start + entries])
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
+
+    def entries(self) -> list[str]:
+        """The kernel of each tape entry."""
+        return [name for name, _ in self._kept._entries]
+
+    def run_entry(self, index: int) -> None:
+        """Run one entry by itself, for the step that `run` was last called for; in order, they are that step again."""
+        self._device.threads_run(self._tape[index : index + 1])
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         return self._arena[offset : offset + count * kind.itemsize].view(kind)

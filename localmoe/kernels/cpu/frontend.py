@@ -1,8 +1,8 @@
 """From a kernel's factory to an LLVM module: the operations it is given, Numba without its optimiser; knows no kernel.
 
 `vectors(isa)` gives the module `v` that a factory receives: the kinds of vectors (`vector.py`) and what
-`vector_memory.py`, `vector_maths.py`, `vector_tile.py` and `vector_integer.py` define. Imports numba: to be imported only where something
-must be compiled.
+`vector_memory.py`, `vector_maths.py`, `vector_tile.py` and `vector_integer.py` define. Imports numba: to be imported
+only where something must be compiled.
 """
 
 # Numba's own types are incomplete.
@@ -63,7 +63,7 @@ class _PlainLibrary(JITCodeLibrary):  # type: ignore[misc]
 
 
 @global_compiler_lock
-def lower(function: Callable[..., None], name: str, arguments: int) -> llvm.ModuleRef:
+def lower(function: Callable[..., None], name: str, arguments: int, isa: Isa) -> llvm.ModuleRef:
     """The unoptimised LLVM module of `void name(int64 x arguments)`; everything else in it is internal."""
     flags = compiler.Flags()
     flags.nrt, flags.no_cpython_wrapper, flags.no_cfunc_wrapper, flags.no_compile = False, True, True, True
@@ -75,7 +75,7 @@ def lower(function: Callable[..., None], name: str, arguments: int) -> llvm.Modu
     )
     library.finalize()
     module = llvm.parse_assembly(f"{library.get_llvm_str()}\n{_entry(name, compiled.fndesc.mangled_name, arguments)}")
-    module.triple = llvm.get_process_triple()
+    module.triple = isa.triple
     for symbol in (*module.functions, *module.global_variables):
         if not symbol.is_declaration and symbol.name != name:
             symbol.linkage = "internal"

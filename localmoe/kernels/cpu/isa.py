@@ -1,9 +1,9 @@
-"""Instruction sets the CPU kernels are written for, and which of them this host runs; knows no kernel, no numba."""
+"""Instruction sets the CPU kernels are written for, which of them this host runs, and those that code is emitted for
+ahead of time; knows no kernel, no numba."""
 
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,26 +21,54 @@ _NEEDS = {
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """What code is emitted for: `lanes` float32 values in one vector, an LLVM processor and its feature string."""
+    """What code is emitted for: `lanes` float32 values in one vector, an LLVM processor, its feature string and its
+    triple."""
 
     name: str
     lanes: int
     processor: str
     features: str
+    triple: str
+
+    @property
+    def x86(self) -> bool:
+        return self.triple.startswith(("x86_64", "amd64"))
 
     @property
     def fused(self) -> bool:
         """Whether a fused multiply-add is one instruction; elsewhere it would be a call into libm."""
-        return self.name != "portable" or not is_x86()
+        return self.name != "portable" or not self.x86
 
     @property
     def halves(self) -> bool:
         """Whether float16 conversion is an instruction; elsewhere it would be a call into compiler-rt."""
-        return self.name != "portable" or not is_x86()
+        return self.name != "portable" or not self.x86
 
 
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An instruction set that kernels are emitted for ahead of time; `needs` are the features of a processor that its
+    code may use, in LLVM's words."""
+
+    name: str
+    isa: Isa
+    needs: tuple[str, ...]
+
+
+# Levels of x86-64 (psABI), and beyond them what LLVM may choose by itself of each processor's instructions.
+_V3 = tuple("cx16 popcnt sahf ssse3 sse4.1 sse4.2 avx avx2 bmi bmi2 f16c fma lzcnt movbe".split())
+_VNNI = (*_V3, *"avx512f avx512bw avx512cd avx512dq avx512vl avx512vnni".split())
+_ZEN4 = (*_VNNI, *"sse4a avx512vbmi avx512vbmi2 avx512ifma avx512bitalg avx512vpopcntdq avx512bf16 gfni".split())
+_ZEN5 = (*_ZEN4, *"avxvnni avx512vp2intersect movdiri".split())
+_X86, _ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+TARGETS = (
+    Target("x86-64", Isa("portable", 8, "x86-64", "", _X86), ()),
+    Target("x86-64-v3", Isa("avx2", 8, "x86-64-v3", "", _X86), _V3),
+    Target("cascadelake", Isa("avx512", 16, "cascadelake", "", _X86), _VNNI),
+    Target("znver4", Isa("avx512", 16, "znver4", "", _X86), _ZEN4),
+    Target("znver5", Isa("avx512", 16, "znver5", "", _X86), _ZEN5),
+    Target("aarch64-dotprod", Isa("portable", 8, "generic", "+neon,+lse,+dotprod", _ARM), ("neon", "lse", "dotprod")),
+)
 
 
 @cache
@@ -48,28 +76,53 @@ def _host_features() -> dict[str, bool]:
     return dict(llvm.get_host_cpu_features())
 
 
+def _host_is_x86() -> bool:
+    return Isa("", 0, "", "", llvm.get_process_triple()).x86
+
+
 def runnable() -> tuple[str, ...]:
     """Names of the instruction sets this host can run, best first."""
     features = _host_features()
-    return tuple(n for n in NAMES if n == "portable" or (is_x86() and all(features.get(f) for f in _NEEDS[n])))
+    return tuple(n for n in NAMES if n == "portable" or (_host_is_x86() and all(features.get(f) for f in _NEEDS[n])))
 
 
 def named(name: str) -> Isa:
-    """The instruction set `name`.
+    """The instruction set `name`, as this host has it.
 
     Raises DeviceError where the host lacks it: an instruction the processor does not know ends the process.
     """
     if name not in runnable():
         raise DeviceError(f"instruction set {name!r} cannot run on this processor; possible: {', '.join(runnable())}")
-    if name == "avx512":
-        return Isa(name, 16, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    triple = llvm.get_process_triple()
     if name == "avx2":
-        return Isa(name, 8, "x86-64-v3", "")
-    if is_x86():
-        return Isa(name, 8, "x86-64", "")
-    return Isa(name, 8, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+        return Isa(name, 8, "x86-64-v3", "", triple)
+    if name == "portable" and _host_is_x86():
+        return Isa(name, 8, "x86-64", "", triple)
+    return Isa(name, 16 if name == "avx512" else 8, llvm.get_host_cpu_name(), _feature_string(), triple)
 
 
 def host_isa() -> Isa:
     """The best instruction set of this host, or the one that LOCALMOE_ISA names."""
     return named(os.environ.get("LOCALMOE_ISA") or runnable()[0])
+
+
+def target_of(isa: Isa) -> Target | None:
+    """The target whose code this host runs best for an instruction set of its own: one of the processor's family, then
+    the one that uses most of its features; None where there is none."""
+    features, family = _host_features(), llvm.get_host_cpu_name().rstrip("0123456789")
+    fitting = (
+        t
+        for t in TARGETS
+        if t.isa.name == isa.name and _platform(t.isa) == _platform(isa) and all(features.get(f) for f in t.needs)
+    )
+    return max(fitting, key=lambda t: (t.isa.processor.startswith(family), len(t.needs)), default=None)
+
+
+def _platform(isa: Isa) -> tuple[str, bool]:
+    """What decides on object format and calling convention: the machine, and whether the system is Linux."""
+    return isa.triple.partition("-")[0], "linux" in isa.triple
+
+
+@cache
+def _feature_string() -> str:
+    return str(llvm.get_host_cpu_features().flatten())

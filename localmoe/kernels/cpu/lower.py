@@ -96,12 +96,14 @@ class Lowering:
             LOWERINGS[op.name](self, op)
             if how is None:
                 self.barrier()
-            for tensor in op.outputs if how else ():
-                private = tensor.buffer in self._private
-                self._written[tensor.buffer] = how if how != "whole" else "private" if private else floats(tensor)
+            else:
+                for tensor in op.outputs:
+                    alone = "private" if tensor.buffer in self._private else floats(tensor)
+                    self._written[tensor.buffer] = alone if how == "whole" else how
             ended = {t.buffer for t in (*op.inputs, *op.outputs) if last[t.buffer] == i} - {self.program.input.buffer}
             self._leaving += [*self._temporary, *(self._places[buffer] for buffer in ended)]
             self._temporary.clear()
+        self.barrier()
 
     def emit(self, kernel: str, tensor: Tensor, *arguments: Argument) -> None:
         """A tape entry whose rows are those of `tensor`: the step's tokens, or fixed."""

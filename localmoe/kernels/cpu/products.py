@@ -31,8 +31,8 @@ class Product:
 def product(format: Format, isa: Isa, *, exact: bool = False) -> Product:
     """The GEMM for weights of `format`; `exact` keeps the rows float32. Raises UnsupportedError as `gemv_kernel`
     does."""
-    if format.name in INTEGER and not exact and isa.name == "avx512":
-        form, name, unpack = gemm_integer.integer_kernels(format.name)
+    if format.name in INTEGER and not exact and isa.name != "portable":
+        form, name, unpack = gemm_integer.integer_kernels(format.name, isa)
         return Product(form, name, unpack, gemm_integer.strip_rows(isa))
     return Product("f32", "gemm", dequantise_kernel(format), gemm.STRIP_ROWS)
 

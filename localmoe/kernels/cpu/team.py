@@ -1,14 +1,16 @@
 """The thread team and the loop each of its threads runs: op after op of a tape, with a barrier between; knows no op.
 
-A tape entry is (kernel address, argument block address, whether a barrier follows). The barrier spins, then sleeps on a futex (Linux): 0.3 µs an
-op while every thread has a core. Where a core is shared with another program, spinning only keeps the system from
-putting the waiting thread to use, and a step gets ten times slower: see `Patience`.
+A tape entry is (kernel address, argument block address, whether a barrier follows). The barrier spins, then sleeps on a
+futex (Linux): 0.3 µs an op while every thread has a core. Where a core is shared with another program, spinning only
+keeps the system from putting the waiting thread to use, and a step gets ten times slower: see `Patience`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import operator
+import platform
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
 
 SPINS, FEW_SPINS = 2000, 8  # pauses before a thread sleeps: 2000 are some 30 µs
-_LINE = 64  # bytes: arrivals, generation, sleepers and the count of sleeps each have a cache line of their own
+_LINE = 64  # bytes: arrivals, generation, sleepers, the count of sleeps and the system call have a cache line each
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # numbers of the system call on Linux
 
 
 @kernel("run_tape", 6)
@@ -43,7 +46,7 @@ def run_tape(v: Any) -> Any:
                     v.atomic_store(sync, 0)
                     v.atomic_add(sync + 64, 1)
                     if v.atomic_add(sync + 128, 0) > 0:
-                        wake(sync + 64)
+                        wake(sync)
                 else:
                     turns = 0
                     while v.atomic_load(sync + 64) == generation:
@@ -53,7 +56,7 @@ def run_tape(v: Any) -> Any:
                             v.atomic_add(sync + 128, 1)
                             v.atomic_add(sync + 192, 1)
                             if v.atomic_load(sync + 64) == generation:
-                                sleep(sync + 64, generation)
+                                sleep(sync, generation)
                             v.atomic_add(sync + 128, -1)
         set_mode(before)
 
@@ -61,20 +64,20 @@ def run_tape(v: Any) -> Any:
 
 
 def futex(v: Any) -> tuple[Any, Any]:
-    """`sleep(address, generation)` and `wake(address)` in a kernel: Linux futex system calls; elsewhere sleeping is a
-    pause."""
-    from localmoe.kernels.cpu.vector_system import linux_system_call
-
-    call = linux_system_call()
-    if call is None:
-        return v.function(lambda address, generation: v.pause()), v.function(lambda address: v.pause())
+    """`sleep(sync, generation)` and `wake(sync)` in a kernel, on the generation: the futex system call (Linux) by the C
+    library's function at sync + 256, so that an object needs no symbol of it; a pause where there is none."""
+    slot = slots(v)
     wait, wake, everyone = 128, 129, 1 << 30  # FUTEX_WAIT and FUTEX_WAKE, private to this process
 
-    def sleep(address, generation):  # type: ignore[no-untyped-def]
-        call(address, wait, generation & 0xFFFFFFFF)
+    def sleep(sync, generation):  # type: ignore[no-untyped-def]
+        if slot(sync, 32) != 0:
+            v.call(slot(sync, 32), slot(sync, 33), sync + 64, wait, generation & 0xFFFFFFFF, 0, 0, 0)
+        else:
+            v.pause()
 
-    def rouse(address):  # type: ignore[no-untyped-def]
-        call(address, wake, everyone)
+    def rouse(sync):  # type: ignore[no-untyped-def]
+        if slot(sync, 32) != 0:
+            v.call(slot(sync, 32), slot(sync, 33), sync + 64, wake, everyone, 0, 0, 0)
 
     return v.function(sleep), v.function(rouse)
 
@@ -84,7 +87,7 @@ def denormal_mode(v: Any) -> tuple[Any, Any]:
     nothing)."""
     from localmoe.kernels.cpu.vector_system import denormal_mode
 
-    return denormal_mode()
+    return denormal_mode(v.isa)
 
 
 class Patience:
@@ -124,10 +127,11 @@ class Team:
         self._walk = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(
             walk_address
         )  # a call through ctypes lets go of the GIL
-        self._memory = np.zeros(5 * _LINE, np.uint8)
+        self._memory = np.zeros(6 * _LINE, np.uint8)
         self._sync = self._memory.ctypes.data + (-self._memory.ctypes.data % _LINE)
         self._barriers = ctypes.c_int64.from_address(self._sync + _LINE)
         self._slept = ctypes.c_int64.from_address(self._sync + 3 * _LINE)
+        (ctypes.c_int64 * 2).from_address(self._sync + 4 * _LINE)[:] = [*_futex_call()]
         self._patience = Patience()
         self._job = (0, 0, self._sync, SPINS)
         self._closed = False
@@ -161,3 +165,11 @@ class Team:
             if self._closed:
                 return
             self._walk(*self._job, index + 1, self.threads)
+
+
+def _futex_call() -> tuple[int, int]:
+    """Address of the C library's `syscall` and the number of futex; zeros where the kernel of the system has none."""
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in _FUTEX:
+        return 0, 0
+    return ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0, _FUTEX[machine]

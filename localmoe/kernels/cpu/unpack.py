@@ -1,8 +1,9 @@
 """Rows of GGUF blocks as bytes, scales and minima, for the integer GEMM; knows no matrix.
 
-Kernel `unpack_<format>`: (source, columns, quants uint8[columns], scales float32[columns/group], minima
-float32[columns/group]), `columns` being whole blocks. A weight is scale · (quant - 128), or scale · quant + minimum for
-formats with minima. Layouts as in `dequantise.py`.
+Kernel `unpack_<format>`: (source, columns, quants uint8[columns], scales float32[columns/group], minima), `columns`
+being whole blocks. A weight is scale · (quant - `offset(isa)`), or scale · quant + minimum for formats with minima.
+These are float32[columns/group], or for each block of 256 int16[256/group] and then the float32 that they are times.
+Layouts as in `dequantise.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from localmoe.formats import FORMATS
 from localmoe.kernels.cpu.blocks import six_bit_scales
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.isa import Isa
 
 Factory = Callable[[Any], Callable[..., None]]
 
@@ -33,19 +35,36 @@ class Integer:
 INTEGER: dict[str, Integer] = {}
 
 
+def offset(isa: Isa) -> int:
+    """What is added to signed quants: so much that every format fits a byte, or, where products of bytes are added in
+    16 bits and saturate, no more than seven bits take (Q8_0 then stays signed)."""
+    return 128 if isa.name == "avx512" else 64
+
+
+def signed(format_name: str, isa: Isa) -> bool:
+    """Whether quants are int8 without offset."""
+    return format_name == "Q8_0" and isa.name != "avx512"
+
+
+def low_words(form: str, group: int) -> int:
+    """32-bit words of minima for 256 columns."""
+    return 256 // group if form == "q8_32" else 128 // group + 1
+
+
 def unpacks(name: str, form: str, group: int, minima: bool = False) -> Callable[[Factory], Factory]:
     """Register a factory of `block(source, quants, scales, minima)` for one block of format `name`."""
 
     def register(factory: Factory) -> Factory:
         format = FORMATS[name]
         elements, nbytes, step = format.elements, format.nbytes, 4 * format.elements // group
+        low_step = 4 * low_words(form, group) * format.elements // 256
 
         def rows(v: Any) -> Callable[..., None]:
             block = v.function(factory(v))
 
             def unpack(source, columns, quants, scales, lows):
                 for i in range(columns // elements):
-                    block(source + i * nbytes, quants + i * elements, scales + i * step, lows + i * step)
+                    block(source + i * nbytes, quants + i * elements, scales + i * step, lows + i * low_step)
 
             return unpack
 
@@ -69,8 +88,10 @@ def _nibbles(v: Any) -> Any:
 
 @unpacks("Q8_0", "q8_32", 32)
 def q8_0(v: Any) -> Any:
+    turn = 0 if signed("Q8_0", v.isa) else 128
+
     def block(p, quants, scales, lows):
-        v.store(quants, v.load(v.u8x32, p + 2) ^ 128)
+        v.store(quants, v.load(v.u8x32, p + 2) ^ turn)
         v.store(scales, v.load_half(v.float32, p))
 
     return block
@@ -78,10 +99,10 @@ def q8_0(v: Any) -> Any:
 
 @unpacks("Q4_0", "q8_32", 32)
 def q4_0(v: Any) -> Any:
-    nibbles = _nibbles(v)
+    nibbles, shift = _nibbles(v), offset(v.isa) - 8
 
     def block(p, quants, scales, lows):
-        v.store(quants, nibbles(p + 2) + 120)
+        v.store(quants, nibbles(p + 2) + shift)
         v.store(scales, v.load_half(v.float32, p))
 
     return block
@@ -101,11 +122,11 @@ def q4_1(v: Any) -> Any:
 
 @unpacks("Q5_0", "q8_32", 32)
 def q5_0(v: Any) -> Any:
-    nibbles = _nibbles(v)
+    nibbles, shift = _nibbles(v), offset(v.isa) - 16
 
     def block(p, quants, scales, lows):
         fifths = v.marked(v.u8x32, v.load(v.int32, p + 2)) & 16
-        v.store(quants, (nibbles(p + 6) | fifths) + 112)
+        v.store(quants, (nibbles(p + 6) | fifths) + shift)
         v.store(scales, v.load_half(v.float32, p))
 
     return block
@@ -131,7 +152,8 @@ def _k_block(v: Any, part: Any) -> Any:
     def block(p, quants, scales, lows):
         six, minima = unpack(p + 4)
         v.store(scales, v.convert(v.f32x8, six) * v.load_half(v.float32, p))
-        v.store(lows, v.convert(v.f32x8, minima) * -v.load_half(v.float32, p + 2))
+        v.store(lows, minima)
+        v.store(lows + 16, -v.load_half(v.float32, p + 2))
         v.store(quants, q0(p))
         v.store(quants + 32, q1(p))
         v.store(quants + 64, q2(p))
@@ -173,6 +195,8 @@ def q5_k(v: Any) -> Any:
 
 @unpacks("Q6_K", "q8_256", 16)
 def q6_k(v: Any) -> Any:
+    added = offset(v.isa) - 32
+
     def part(j):
         half, quarter = divmod(j, 4)
         ql, qh, shift = 64 * half + 32 * (quarter % 2), 128 + 32 * half, 4 * (quarter // 2)
@@ -180,7 +204,7 @@ def q6_k(v: Any) -> Any:
 
         def load(p):
             two = ((v.load(v.u16x16, p + qh) >> down) << up) & 0x3030
-            return v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two) + 96
+            return v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two) + added
 
         return v.function(load)
 
@@ -205,7 +229,8 @@ def q2_k(v: Any) -> Any:
     def block(p, quants, scales, lows):
         both = v.load(v.u8x16, p)
         v.store(scales, v.convert(v.f32x16, both & 15) * v.load_half(v.float32, p + 80))
-        v.store(lows, v.convert(v.f32x16, both >> 4) * -v.load_half(v.float32, p + 82))
+        v.store(lows, v.convert(v.i16x16, both >> 4))
+        v.store(lows + 32, -v.load_half(v.float32, p + 82))
         for half in range(2):
             two = v.load(v.u8x32, p + 16 + 32 * half)
             v.store(quants + 128 * half, two & 3)
@@ -218,6 +243,8 @@ def q2_k(v: Any) -> Any:
 
 @unpacks("Q3_K", "q8_256", 16)
 def q3_k(v: Any) -> Any:
+    added = offset(v.isa) - 4
+
     def block(p, quants, scales, lows):
         d = v.load_half(v.float32, p + 108)
         for i in range(16):
@@ -227,6 +254,6 @@ def q3_k(v: Any) -> Any:
         for j in range(8):
             two = (v.load(v.u8x32, p + 32 + 32 * (j >> 2)) >> (2 * (j & 3))) & 3
             third = ((v.load(v.u8x32, p) >> j) & 1) << 2
-            v.store(quants + 32 * j, (two | third) + 124)
+            v.store(quants + 32 * j, (two | third) + added)
 
     return block

@@ -10,7 +10,7 @@ from numba import types
 from numba.core.extending import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
-from localmoe.kernels.cpu.isa import Isa, is_x86
+from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import (
     F32,
     I32,
@@ -267,6 +267,14 @@ def _byte_pairs(b: ir.IRBuilder, isa: Isa, x: ir.Value, y: ir.Value) -> ir.Value
     return _pair_sums(b, b.zext(x, wide), b.sext(y, wide), shorts)
 
 
+def small_dot_products(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """As `dot_products` for u8 of seven bits, which on AVX2 takes three instructions and not seven."""
+    if isa.name != "avx2":
+        return dot_products(b, isa, total, x, y, signed=False)
+    pairs = _byte_pairs(b, isa, x, y)
+    return b.add(total, _word_pairs(b, isa, pairs, number(pairs.type, 1)))
+
+
 def dot_products(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.Value, signed: bool) -> ir.Value:
     """total + sums of four neighbouring products, exact for every input; x is i8 where `signed`, else u8; y is i8."""
     lanes = total.type.count
@@ -282,14 +290,43 @@ def dot_products(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.
         turned = call(b, "llvm.x86.avx2.psign.b" if lanes == 8 else "llvm.x86.ssse3.psign.b.128", y.type, y, x)
         pairs = _byte_pairs(b, isa, magnitude, turned)
         return b.add(total, _word_pairs(b, isa, pairs, number(pairs.type, 1)))
-    if not is_x86():
+    if not isa.x86:
+        if not signed:  # (x - 128)·y + 128·y: the instruction that every dot product extension has is signed
+            offset = number(x.type, -128)
+            total = dot_products(b, isa, total, b.xor(x, offset), y, True)
+            return b.sub(total, dot_products(b, isa, number(total.type, 0), offset, y, True))
         wide = ir.VectorType(I32, 4 * lanes)
-        product = b.mul(b.sext(x, wide) if signed else b.zext(x, wide), b.sext(y, wide))
+        product = b.mul(b.sext(x, wide), b.sext(y, wide))
         return call(b, f"llvm.vector.partial.reduce.add.v{lanes}i32.v{4 * lanes}i32", total.type, total, product)
     wide = ir.VectorType(I16, 4 * lanes)
     pairs = _word_pairs(b, isa, b.sext(x, wide) if signed else b.zext(x, wide), b.sext(y, wide))
     even, odd = (shuffled(b, pairs, pairs, list(range(i, 2 * lanes, 2))) for i in (0, 1))
     return b.add(total, b.add(even, odd))
+
+
+def dot_word_products(b: ir.IRBuilder, isa: Isa, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """total + sums of two neighbouring products of i16."""
+    if isa.name != "avx512":
+        return b.add(total, _word_pairs(b, isa, x, y))
+    name = f"llvm.x86.avx512.vpdpwssd.{32 * total.type.count}"
+    return call(b, name, total.type, total, b.bitcast(x, total.type), b.bitcast(y, total.type))
+
+
+def _looked_up(b: ir.IRBuilder, isa: Isa, table: ir.Value, indices: ir.Value) -> ir.Value:
+    """Bytes of `table` at `indices`, inside pieces of 16."""
+    lanes = table.type.count
+    if isa.x86 and isa.name != "portable" and (lanes <= 32 or isa.name == "avx512"):
+        name = {16: "ssse3.pshuf.b.128", 32: "avx2.pshuf.b", 64: "avx512.pshuf.b.512"}[lanes]
+        return call(b, f"llvm.x86.{name}", table.type, table, indices)
+    if lanes > 16:
+        return _by_halves(b, isa, table, indices, _looked_up)
+    if not isa.x86:
+        return call(b, "llvm.aarch64.neon.tbl1.v16i8", table.type, table, indices)
+    found = ir.Constant(table.type, ir.Undefined)
+    for i in range(lanes):
+        index = b.zext(b.extract_element(indices, I32(i)), I32)
+        found = b.insert_element(found, b.extract_element(table, index), I32(i))
+    return found
 
 
 def _products(isa: Isa) -> dict[str, Any]:
@@ -314,13 +351,12 @@ def _products(isa: Isa) -> dict[str, Any]:
     @operation
     def dot_words(total: Any, x: Any, y: Any) -> Defined:
         """v.dot_words(total i32xN, x i16x2N, y i16x2N): total + two products a lane."""
+        return total, lambda b, t, p, q: dot_word_products(b, isa, t, p, q)
 
-        def lowered(b: ir.IRBuilder, t: ir.Value, p: ir.Value, q: ir.Value) -> ir.Value:
-            if isa.name != "avx512":
-                return b.add(t, _word_pairs(b, isa, p, q))
-            name = f"llvm.x86.avx512.vpdpwssd.{32 * t.type.count}"
-            return call(b, name, t.type, t, b.bitcast(p, t.type), b.bitcast(q, t.type))
+    @operation
+    def look_up(table: Any, indices: Any) -> Defined:
+        """v.look_up(table of bytes, indices u8): byte indices[i], which must be below 16, of the 16 bytes of the table
+        that lane i is among."""
+        return table, lambda b, t, i: _looked_up(b, isa, t, i)
 
-        return total, lowered
-
-    return {"dot": dot, "byte_pairs": byte_pairs, "word_pairs": word_pairs, "dot_words": dot_words}
+    return {"look_up": look_up, "dot": dot, "byte_pairs": byte_pairs, "word_pairs": word_pairs, "dot_words": dot_words}

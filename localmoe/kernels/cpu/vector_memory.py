@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-from localmoe.kernels.cpu.isa import Isa, is_x86
+from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import F32, I32, I64, Lowering, Vector, call, operation
 
 I8, I16, HALF = ir.IntType(8), ir.IntType(16), ir.HalfType()
@@ -82,7 +82,7 @@ def float_to_half(b: ir.IRBuilder, isa: Isa, x: ir.Value) -> ir.Value:
 
 
 def operations(isa: Isa) -> dict[str, Any]:
-    return {**_plain(), **_converting(isa), **_static(), **_machine()}
+    return {**_plain(), **_converting(isa), **_static(), **_machine(isa)}
 
 
 def _plain() -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _static() -> dict[str, Any]:
     return {"table": table, "stack": stack, "strided": strided}
 
 
-def _machine() -> dict[str, Any]:
+def _machine(isa: Isa) -> dict[str, Any]:
     nothing = ir.Constant(I8.as_pointer(), None)
 
     @operation
@@ -243,7 +243,7 @@ def _machine() -> dict[str, Any]:
         """v.pause(): a hint inside a spin loop."""
 
         def lowered(b: ir.IRBuilder) -> ir.Value:
-            if is_x86():
+            if isa.x86:
                 call(b, "llvm.x86.sse2.pause", ir.VoidType())
             else:
                 b.fence("seq_cst")
@@ -256,7 +256,7 @@ def _machine() -> dict[str, Any]:
         """v.flush_denormals(): this thread reads and writes subnormal numbers as zero (x86; nothing elsewhere)."""
 
         def lowered(b: ir.IRBuilder) -> ir.Value:
-            if is_x86():
+            if isa.x86:
                 word = cgutils.alloca_once(b, I32)
                 address = b.bitcast(word, I8.as_pointer())
                 call(b, "llvm.x86.sse.stmxcsr", ir.VoidType(), address)
