@@ -1,6 +1,7 @@
 """How near each matrix-vector kernel comes to the speed of memory: its bytes a second against a loop that only reads.
 
-    python bench/gemv.py [--isa avx512] [--threads 1 2] [--megabytes 512] [--rounds 5] [--only Q8_0 Q4_K]
+    python bench/gemv.py [--isa avx512] [--threads 1 2] [--megabytes 512] [--columns 4096] [--rounds 5]
+                         [--only Q8_0 Q4_K]
 
 Reading and multiplying alternate, so that both meet the same weather; the best round of each counts. Rows are shared
 out evenly.
@@ -22,8 +23,6 @@ from localmoe.formats import FORMATS, Bytes
 from localmoe.kernels.cpu import activations, matmul
 from localmoe.kernels.cpu.build import Kernels, kernel
 from localmoe.kernels.cpu.isa import host_isa, named
-
-COLUMNS = 4096
 
 
 @kernel("bench_read", arguments=3)
@@ -63,26 +62,28 @@ def together(threads: int, work: Callable[[int], None]) -> float:
     return time.perf_counter() - start
 
 
-def measure(kernels: Kernels, name: str, weights: Bytes, threads: int, rounds: int) -> tuple[float, float]:
+def measure(
+    kernels: Kernels, name: str, weights: Bytes, columns: int, threads: int, rounds: int
+) -> tuple[float, float]:
     """(GB/s of the product, GB/s of reading) over the same bytes."""
 
     def function(kernel_name: str, arguments: int) -> Callable[..., None]:
         return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(kernels.address(kernel_name))
 
     gemv_name, form = matmul.FAST[name]
-    gemv, read, row_nbytes = function(gemv_name, 7), function("bench_read", 3), FORMATS[name].row_nbytes(COLUMNS)
-    x, row = np.ones(COLUMNS, np.float32), np.zeros(activations.activation_nbytes(form, COLUMNS), np.uint8)
+    gemv, read, row_nbytes = function(gemv_name, 7), function("bench_read", 3), FORMATS[name].row_nbytes(columns)
+    x, row = np.ones(columns, np.float32), np.zeros(activations.activation_nbytes(form, columns), np.uint8)
     if form == "f32":
         row[:] = x.view(np.uint8)
     else:
-        function(activations.QUANTISERS[form], 3)(x.ctypes.data, row.ctypes.data, COLUMNS)
+        function(activations.QUANTISERS[form], 3)(x.ctypes.data, row.ctypes.data, columns)
     share = weights.size // row_nbytes // threads
     nbytes = share * row_nbytes // 1024 * 1024
     out, sink = np.zeros(share * threads, np.float32), np.zeros((threads, 16), np.int32)
 
     def multiply(n: int) -> None:
         place = (weights.ctypes.data, row_nbytes, row.ctypes.data, out.ctypes.data)
-        gemv(*place, COLUMNS, n * share, (n + 1) * share)
+        gemv(*place, columns, n * share, (n + 1) * share)
 
     def only_read(n: int) -> None:
         read(weights.ctypes.data + n * share * row_nbytes, nbytes, sink[n].ctypes.data)
@@ -97,17 +98,18 @@ def main() -> None:
     parser.add_argument("--isa", default=host_isa().name)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=list(matmul.FAST))
     chosen = parser.parse_args()
-    weights = np.full(chosen.megabytes << 20, 1, np.uint8)
-    print(f"{chosen.isa}, {chosen.megabytes} MB, {COLUMNS} columns, best of {chosen.rounds}, GB/s")
+    weights = np.full(chosen.megabytes << 20, 0x38, np.uint8)  # no float of it is subnormal, as these cost extra
+    print(f"{chosen.isa}, {chosen.megabytes} MB, {chosen.columns} columns, best of {chosen.rounds}, GB/s")
     print(f"{'format':8}{'threads':>8}{'gemv':>8}{'read':>8}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
         kernels = Kernels(named(chosen.isa), Path(folder))
         for name in chosen.only:
             for threads in chosen.threads:
-                product, plain = measure(kernels, name, weights, threads, chosen.rounds)
+                product, plain = measure(kernels, name, weights, chosen.columns, threads, chosen.rounds)
                 print(f"{name:8}{threads:8}{product:8.1f}{plain:8.1f}{product / plain:8.2f}", flush=True)
 
 

@@ -1,12 +1,13 @@
-"""Pieces of GGML's block formats that several kernels share; no kernel of its own."""
+"""Pieces of GGML's block formats that several kernels share, the code books among them; no kernel of its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
-PREFETCH = (
-    4096  # bytes ahead, into the first-level cache: best of 1, 2 and 4 KB, and of both levels, for quantised rows
-)
+import numpy as np
+import numpy.typing as npt
+
+PREFETCH = 4096  # bytes ahead, into the first-level cache, where one row is read at a time
 
 
 def six_bit_scales(v: Any) -> Any:
@@ -20,3 +21,35 @@ def six_bit_scales(v: Any) -> Any:
         return v.convert(v.i16x8, v.bits(v.u8x8, scales)), v.convert(v.i16x8, v.bits(v.u8x8, minima))
 
     return v.function(unpack)
+
+
+def iq4_values() -> list[int]:
+    """What the nibbles of IQ4_NL and IQ4_XS stand for, -127 to 113 (ggml-common.h, kvalues_iq4nl)."""
+    from gguf.quants import IQ4_NL
+
+    return [int(value) for value in IQ4_NL.kvalues]
+
+
+# What the nibbles of MXFP4 stand for, doubled (OCP Microscaling Formats 1.0, table 5).
+E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+
+
+def code_book(name: str) -> npt.NDArray[np.int8]:
+    """The code book of a format: (entries, 4 or 8) small integers."""
+    from gguf import quants
+
+    book = getattr(quants, name)
+    book.init_grid()
+    return np.asarray(book.grid, np.int8).reshape(book.grid_shape)
+
+
+def parities(v: Any) -> Any:
+    """(seven sign bits) -> eight: the last one makes their number even."""
+    from gguf.quants import IQ2_XXS
+
+    table = v.table(np.frombuffer(IQ2_XXS.ksigns, np.uint8))
+
+    def signs(seven):
+        return v.load(v.uint8, table() + seven)
+
+    return v.function(signs)

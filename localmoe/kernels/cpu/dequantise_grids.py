@@ -11,31 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from localmoe.kernels.cpu.blocks import E2M1, code_book, iq4_values, parities
 from localmoe.kernels.cpu.dequantise import blocks
-
-# Doubled e2m1 values, OCP Microscaling Formats 1.0, table 5.
-_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-
-
-def _grid(name: str) -> npt.NDArray[np.int8]:
-    """The code book of a format: (entries, 4 or 8) small integers."""
-    from gguf import quants
-
-    book = getattr(quants, name)
-    book.init_grid()
-    return np.asarray(book.grid, np.int8).reshape(book.grid_shape)
-
-
-def _parities(v: Any) -> Any:
-    """(seven sign bits) -> eight: the last one makes their number even."""
-    from gguf.quants import IQ2_XXS
-
-    table = v.table(np.frombuffer(IQ2_XXS.ksigns, np.uint8))
-
-    def signs(seven):
-        return v.load(v.uint8, table() + seven)
-
-    return v.function(signs)
 
 
 def _signed(v: Any) -> Any:
@@ -51,7 +28,7 @@ def _signed(v: Any) -> Any:
 @blocks("IQ2_XXS")
 def iq2_xxs(v: Any) -> Any:
     """d f16 | 8 x (indices u8[4], u32 of four 7-bit signs and a 4-bit scale)"""
-    grid, parities, flip = v.table(_grid("IQ2_XXS")), _parities(v), _signed(v)
+    grid, eighth, flip = v.table(code_book("IQ2_XXS")), parities(v), _signed(v)
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -60,7 +37,7 @@ def iq2_xxs(v: Any) -> Any:
             packed = v.load(v.uint32, q + 4)
             scale = d * (np.float32(0.5) + np.float32(packed >> 28)) * np.float32(0.25)
             values = v.convert(v.f32x8, v.load(v.i8x8, grid() + v.load(v.uint8, q + (i & 3)) * 8)) * scale
-            v.store(y + i * 32, flip(values, parities((packed >> (7 * (i & 3))) & 127)))
+            v.store(y + i * 32, flip(values, eighth((packed >> (7 * (i & 3))) & 127)))
 
     return block
 
@@ -68,7 +45,7 @@ def iq2_xxs(v: Any) -> Any:
 @blocks("IQ2_XS")
 def iq2_xs(v: Any) -> Any:
     """d f16 | u16[32]: 9-bit index and 7-bit signs | scale nibbles [8]"""
-    grid, parities, flip = v.table(_grid("IQ2_XS")), _parities(v), _signed(v)
+    grid, eighth, flip = v.table(code_book("IQ2_XS")), parities(v), _signed(v)
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -77,7 +54,7 @@ def iq2_xs(v: Any) -> Any:
             scale = (v.load(v.uint8, p + 66 + (i >> 2)) >> (2 * (i & 2))) & 15
             size = d * (np.float32(0.5) + np.float32(scale)) * np.float32(0.25)
             values = v.convert(v.f32x8, v.load(v.i8x8, grid() + (packed & 511) * 8)) * size
-            v.store(y + i * 32, flip(values, parities(packed >> 9)))
+            v.store(y + i * 32, flip(values, eighth(packed >> 9)))
 
     return block
 
@@ -85,7 +62,7 @@ def iq2_xs(v: Any) -> Any:
 @blocks("IQ2_S")
 def iq2_s(v: Any) -> Any:
     """d f16 | indices u8[32] | signs u8[32] | two high index bits u8[8] | scale nibbles [8]"""
-    grid, flip = v.table(_grid("IQ2_S")), _signed(v)
+    grid, flip = v.table(code_book("IQ2_S")), _signed(v)
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -103,7 +80,7 @@ def iq2_s(v: Any) -> Any:
 @blocks("IQ3_XXS")
 def iq3_xxs(v: Any) -> Any:
     """d f16 | indices u8[64] | u32[8] of four 7-bit signs and a 4-bit scale"""
-    grid, parities, flip, join = v.table(_grid("IQ3_XXS")), _parities(v), _signed(v), v.shuffle([*range(8)])
+    grid, eighth, flip, join = v.table(code_book("IQ3_XXS")), parities(v), _signed(v), v.shuffle([*range(8)])
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -113,7 +90,7 @@ def iq3_xxs(v: Any) -> Any:
             first = v.load(v.i8x4, grid() + v.load(v.uint8, p + 2 + i * 2) * 4)
             second = v.load(v.i8x4, grid() + v.load(v.uint8, p + 3 + i * 2) * 4)
             values = v.convert(v.f32x8, join(first, second)) * size
-            v.store(y + i * 32, flip(values, parities((packed >> (7 * (i & 3))) & 127)))
+            v.store(y + i * 32, flip(values, eighth((packed >> (7 * (i & 3))) & 127)))
 
     return block
 
@@ -121,7 +98,7 @@ def iq3_xxs(v: Any) -> Any:
 @blocks("IQ3_S")
 def iq3_s(v: Any) -> Any:
     """d f16 | indices u8[64] | ninth index bits u8[8] | signs u8[32] | scale nibbles [4]"""
-    grid, flip, join = v.table(_grid("IQ3_S")), _signed(v), v.shuffle([*range(8)])
+    grid, flip, join = v.table(code_book("IQ3_S")), _signed(v), v.shuffle([*range(8)])
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -139,7 +116,7 @@ def iq3_s(v: Any) -> Any:
 @blocks("IQ1_S")
 def iq1_s(v: Any) -> Any:
     """d f16 | indices u8[32] | u16[8]: four 3-bit high index parts, a 3-bit scale, the sign of the shift by 1/8"""
-    grid = v.table(_grid("IQ1_S"))
+    grid = v.table(code_book("IQ1_S"))
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -156,7 +133,7 @@ def iq1_s(v: Any) -> Any:
 @blocks("IQ1_M")
 def iq1_m(v: Any) -> Any:
     """indices u8[32] | nibbles [16]: 3 high index bits, sign of the shift | u16[4]: four 3-bit scales, a nibble of d"""
-    grid = v.table(_grid("IQ1_S"))
+    grid = v.table(code_book("IQ1_S"))
 
     def block(p, y):
         a, b = v.load(v.uint16, p + 48), v.load(v.uint16, p + 50)
@@ -186,16 +163,10 @@ def _nibble_book(v: Any, values: npt.NDArray[np.float32]) -> Any:
     return v.function(look_up)
 
 
-def _iq4_values() -> npt.NDArray[np.float32]:
-    from gguf.quants import IQ4_NL
-
-    return np.array(IQ4_NL.kvalues, np.float32)
-
-
 @blocks("IQ4_NL")
 def iq4_nl(v: Any) -> Any:
     """d f16 | nibbles [16]"""
-    look_up = _nibble_book(v, _iq4_values())
+    look_up = _nibble_book(v, np.array(iq4_values(), np.float32))
 
     def block(p, y):
         look_up(p + 2, 16, v.load_half(v.float32, p), y)
@@ -206,7 +177,7 @@ def iq4_nl(v: Any) -> Any:
 @blocks("IQ4_XS")
 def iq4_xs(v: Any) -> Any:
     """d f16 | two high scale bits u16 | low scale nibbles [4] | nibbles [8 x 16]; scales less 32"""
-    look_up = _nibble_book(v, _iq4_values())
+    look_up = _nibble_book(v, np.array(iq4_values(), np.float32))
 
     def block(p, y):
         d = v.load_half(v.float32, p)
@@ -224,7 +195,7 @@ def mxfp4(v: Any) -> Any:
     exponents = np.arange(256, dtype=np.uint32)
     subnormal = 0x200000 << np.minimum(exponents, 1)
     halves = v.table(np.where(exponents < 2, subnormal, (exponents - 1) << 23).astype(np.uint32))
-    look_up = _nibble_book(v, _E2M1)
+    look_up = _nibble_book(v, np.array(E2M1, np.float32))
 
     def block(p, y):
         look_up(p + 1, 16, v.load(v.float32, halves() + v.load(v.uint8, p) * 4), y)
@@ -238,7 +209,7 @@ def nvfp4(v: Any) -> Any:
     from gguf.quants import NVFP4
 
     scales = v.table(NVFP4.ue4m3_to_fp32(np.arange(256, dtype=np.uint8)).astype(np.float32))
-    look_up = _nibble_book(v, _E2M1)
+    look_up = _nibble_book(v, np.array(E2M1, np.float32))
 
     def block(p, y):
         for i in range(4):

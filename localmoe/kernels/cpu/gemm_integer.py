@@ -15,7 +15,7 @@ import numpy as np
 from localmoe.kernels.cpu.activations import quantise_q8_32, quantise_q8_256
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.isa import Isa
-from localmoe.kernels.cpu.unpack import INTEGER, low_words, offset, signed
+from localmoe.kernels.cpu.unpack import INTEGER, SIGNED, low_words, offset, signed
 
 CHUNK = 512  # columns: a strip's bytes (16 KB with 512-bit vectors) stay in the first-level cache
 PANEL_TOKENS = 6
@@ -255,4 +255,5 @@ def _register(form: str, group: int, minima: bool, signed: bool) -> None:
 
 for _taken in dict.fromkeys(INTEGER.values()):
     _register(_taken.form, _taken.group, _taken.minima, signed=False)
-_register("q8_32", 32, minima=False, signed=True)
+for _form, _group in dict.fromkeys(SIGNED.values()):
+    _register(_form, _group, minima=False, signed=True)

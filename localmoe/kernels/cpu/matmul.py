@@ -15,8 +15,14 @@ import numpy as np
 
 from localmoe.errors import UnsupportedError
 from localmoe.formats import FORMATS, Format
-from localmoe.kernels.cpu import dequantise_grids, matmul_avx512  # noqa: F401  (they register kernels)
-from localmoe.kernels.cpu.blocks import PREFETCH, six_bit_scales
+from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
+    dequantise_grids,
+    matmul_avx512,
+    matmul_grids,
+    matmul_k,
+    matmul_k_avx512,
+)
+from localmoe.kernels.cpu.blocks import E2M1, PREFETCH, iq4_values
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.dequantise import BLOCKS, Block
 
@@ -27,10 +33,22 @@ FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
         "BF16": ("gemv_bf16", "f32"),
         "Q8_0": ("gemv_q8_0", "q8_32"),
         "Q4_0": ("gemv_q4_0", "q8_32"),
+        "Q4_1": ("gemv_q4_1", "q8_32"),
         "Q5_0": ("gemv_q5_0", "q8_32"),
+        "Q5_1": ("gemv_q5_1", "q8_32"),
+        "IQ4_NL": ("gemv_iq4_nl", "q8_32"),
+        "MXFP4": ("gemv_mxfp4", "q8_32"),
+        "Q2_K": ("gemv_q2_k", "q8_256"),
+        "Q3_K": ("gemv_q3_k", "q8_256"),
         "Q4_K": ("gemv_q4_k", "q8_256"),
         "Q5_K": ("gemv_q5_k", "q8_256"),
         "Q6_K": ("gemv_q6_k", "q8_256"),
+        "IQ4_XS": ("gemv_iq4_xs", "q8_256"),
+        "IQ2_XXS": ("gemv_iq2_xxs", "q8_256"),
+        "IQ2_XS": ("gemv_iq2_xs", "q8_256"),
+        "IQ2_S": ("gemv_iq2_s", "q8_256"),
+        "IQ3_XXS": ("gemv_iq3_xxs", "q8_256"),
+        "IQ3_S": ("gemv_iq3_s", "q8_256"),
     }
 )
 
@@ -105,8 +123,8 @@ def gemv_bf16(v: Any) -> Callable[..., None]:
     return _float_gemv(v, v.load_bfloat, 2)
 
 
-def _block32_gemv(v: Any, nbytes: int, dot: Any) -> Callable[..., None]:
-    """Blocks of a float16 scale and 32 values; `dot(address of the values, address of 32 int8) -> i32x8`."""
+def _block32_gemv(v: Any, nbytes: int, scale: Any, dot: Any) -> Callable[..., None]:
+    """Blocks of 32 values; `scale(block)` is float32, `dot(block, address of 32 int8)` is i32x8."""
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
         blocks = columns >> 5
@@ -117,167 +135,136 @@ def _block32_gemv(v: Any, nbytes: int, dot: Any) -> Callable[..., None]:
             for block in range(blocks):
                 p = w + block * nbytes
                 v.prefetch(p + PREFETCH)
-                d = v.load_half(v.float32, p) * v.load(v.float32, scales + block * 4)
-                products = dot(p + 2, activations + block * 32)
+                d = scale(p) * v.load(v.float32, scales + block * 4)
+                products = dot(p, activations + block * 32)
                 a, b = v.fma(v.convert(v.f32x8, products), v.splat(v.f32x8, d), b), a
             v.store(out + row * 4, v.total(a + b))
 
     return gemv
 
 
+def _block32_minimum_gemv(v: Any, nbytes: int, quants: Any) -> Callable[..., None]:
+    """Q4_1 and Q5_1: float16 d, float16 m, then what `quants(block)` brings, u8x32; a weight is d · quant + m."""
+    ones, one_each = v.constants(v.i16x16, 1), v.constants(v.u8x32, 1)
+
+    def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
+        scales = activations + ((columns + 63) & -64)
+        for row in range(row_start, row_stop):
+            w = weights + row * row_nbytes
+            a, b = v.zero(v.f32x8), v.zero(v.f32x8)
+            for block in range(columns >> 5):
+                p, y = w + block * nbytes, v.load(v.i8x32, activations + block * 32)
+                v.prefetch(p + PREFETCH)
+                size = v.load(v.float32, scales + block * 4)
+                products = v.convert(v.f32x8, v.word_pairs(v.byte_pairs(quants(p), y), ones()))
+                sum32 = v.convert(v.f32x8, v.word_pairs(v.byte_pairs(one_each(), y), ones()))
+                a = v.fma(products, v.splat(v.f32x8, v.load_half(v.float32, p) * size), a)
+                b = v.fma(sum32, v.splat(v.f32x8, v.load_half(v.float32, p + 2) * size), b)
+            v.store(out + row * 4, v.total(a + b))
+
+    return gemv
+
+
+def _half_scale(v: Any) -> Any:
+    def scale(p):
+        return v.load_half(v.float32, p)
+
+    return v.function(scale)
+
+
+def _nibbles(v: Any) -> Any:
+    """(address of 16 bytes) -> u8x32: low nibbles, then high ones."""
+    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
+
+    def nibbles(p):
+        packed = v.load(v.u16x8, p)
+        return v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
+
+    return v.function(nibbles)
+
+
+def _five_bits(v: Any) -> Any:
+    """(address of 32 fifth bits, then 16 bytes of nibbles) -> u8x32"""
+    nibbles = _nibbles(v)
+
+    def quants(p):
+        return nibbles(p + 4) | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
+
+    return v.function(quants)
+
+
 @kernel("gemv_q8_0", arguments=7)
 def gemv_q8_0(v: Any) -> Callable[..., None]:
     def dot(p, x):
-        return v.dot(v.zero(v.i32x8), v.load(v.i8x32, p), v.load(v.i8x32, x))
+        return v.dot(v.zero(v.i32x8), v.load(v.i8x32, p + 2), v.load(v.i8x32, x))
 
-    return _block32_gemv(v, 34, v.function(dot))
+    return _block32_gemv(v, 34, _half_scale(v), v.function(dot))
+
+
+def _offset_gemv(v: Any, nbytes: int, quants: Any, offset: int) -> Callable[..., None]:
+    """A float16 scale, then what `quants(address)` brings, u8x32, stored with `offset` added."""
+    offsets, ones = v.constants(v.u8x32, offset), v.constants(v.i16x16, 1)
+
+    def dot(p, x):
+        y = v.load(v.i8x32, x)
+        return v.word_pairs(v.byte_pairs(quants(p + 2), y) - v.byte_pairs(offsets(), y), ones())
+
+    return _block32_gemv(v, nbytes, _half_scale(v), v.function(dot))
 
 
 @kernel("gemv_q4_0", arguments=7)
 def gemv_q4_0(v: Any) -> Callable[..., None]:
-    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
-    eights, ones = v.constants(v.u8x32, 8), v.constants(v.i16x16, 1)
-
-    def dot(p, x):
-        packed, y = v.load(v.u16x8, p), v.load(v.i8x32, x)
-        quants = v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
-        return v.word_pairs(v.byte_pairs(quants, y) - v.byte_pairs(eights(), y), ones())
-
-    return _block32_gemv(v, 18, v.function(dot))
+    return _offset_gemv(v, 18, _nibbles(v), 8)
 
 
 @kernel("gemv_q5_0", arguments=7)
 def gemv_q5_0(v: Any) -> Callable[..., None]:
-    """Block of 32: float16 d, fifth bits u32, nibbles [16]; quants are stored with 16 added."""
-    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
-    sixteens, ones = v.constants(v.u8x32, 16), v.constants(v.i16x16, 1)
+    return _offset_gemv(v, 22, _five_bits(v), 16)
+
+
+@kernel("gemv_q4_1", arguments=7)
+def gemv_q4_1(v: Any) -> Callable[..., None]:
+    nibbles = _nibbles(v)
+
+    def quants(p):
+        return nibbles(p + 4)
+
+    return _block32_minimum_gemv(v, 20, v.function(quants))
+
+
+@kernel("gemv_q5_1", arguments=7)
+def gemv_q5_1(v: Any) -> Callable[..., None]:
+    five_bits = _five_bits(v)
+
+    def quants(p):
+        return five_bits(p + 4)
+
+    return _block32_minimum_gemv(v, 24, v.function(quants))
+
+
+def _table_gemv(v: Any, nbytes: int, scale: Any, place: int, values: list[int]) -> Callable[..., None]:
+    """Blocks whose nibbles, at `place`, stand for 16 small values."""
+    table, nibbles = v.constants(v.i8x32, values * 2), _nibbles(v)
 
     def dot(p, x):
-        packed, y = v.load(v.u16x8, p + 4), v.load(v.i8x32, x)
-        quants = v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
-        quants = quants | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
-        return v.word_pairs(v.byte_pairs(quants, y) - v.byte_pairs(sixteens(), y), ones())
+        return v.dot(v.zero(v.i32x8), v.look_up(table(), nibbles(p + place)), v.load(v.i8x32, x))
 
-    return _block32_gemv(v, 22, v.function(dot))
+    return _block32_gemv(v, nbytes, scale, v.function(dot))
 
 
-def _eighths(v: Any) -> list[Any]:
-    """Eight functions: lane j of an i16x8, spread over i16x16."""
-    return [v.shuffle([j] * 16) for j in range(8)]
+@kernel("gemv_iq4_nl", arguments=7)
+def gemv_iq4_nl(v: Any) -> Callable[..., None]:
+    return _table_gemv(v, 18, _half_scale(v), 2, iq4_values())
 
 
-def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
-    """Q4_K and Q5_K: float16 d and dmin, six-bit scales and minima of 8 x 32, then 32 quants by `load[j](block)`."""
-    unpack = six_bit_scales(v)
-    q0, q1, q2, q3, q4, q5, q6, q7 = load
-    s0, s1, s2, s3, s4, s5, s6, s7 = _eighths(v)
+@kernel("gemv_mxfp4", arguments=7)
+def gemv_mxfp4(v: Any) -> Callable[..., None]:
+    """Exponent u8, nibbles [16]. An exponent of 0 gives 0 instead of 2^-127, which no sum would keep."""
 
-    def sums_of(p, x, s):
-        a = v.word_pairs(v.byte_pairs(q0(p), v.load(v.i8x32, x)), s0(s, s))
-        b = v.word_pairs(v.byte_pairs(q1(p), v.load(v.i8x32, x + 32)), s1(s, s))
-        a = v.dot_words(a, v.byte_pairs(q2(p), v.load(v.i8x32, x + 64)), s2(s, s))
-        b = v.dot_words(b, v.byte_pairs(q3(p), v.load(v.i8x32, x + 96)), s3(s, s))
-        a = v.dot_words(a, v.byte_pairs(q4(p), v.load(v.i8x32, x + 128)), s4(s, s))
-        b = v.dot_words(b, v.byte_pairs(q5(p), v.load(v.i8x32, x + 160)), s5(s, s))
-        a = v.dot_words(a, v.byte_pairs(q6(p), v.load(v.i8x32, x + 192)), s6(s, s))
-        b = v.dot_words(b, v.byte_pairs(q7(p), v.load(v.i8x32, x + 224)), s7(s, s))
-        return a + b
+    def scale(p):
+        return v.bits(v.float32, v.convert(v.int32, v.load(v.uint8, p) << 23)) * np.float32(0.5)
 
-    sums_of = v.function(sums_of)
-
-    def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        sums32 = activations + columns
-        scales = sums32 + (columns >> 4) + (columns >> 3)
-        for row in range(row_start, row_stop):
-            w = weights + row * row_nbytes
-            total, minimum = v.zero(v.f32x8), v.zero(v.f32x4)
-            for block in range(columns >> 8):
-                p = w + block * nbytes
-                v.prefetch(p + PREFETCH)
-                v.prefetch(p + PREFETCH + 64)
-                v.prefetch(p + PREFETCH + 128)
-                dx = v.load(v.float32, scales + block * 4)
-                six, minima = unpack(p + 4)
-                sums = sums_of(p, activations + block * 256, six)
-                lows = v.word_pairs(minima, v.load(v.i16x8, sums32 + block * 16))
-                total = v.fma(v.convert(v.f32x8, sums), v.splat(v.f32x8, v.load_half(v.float32, p) * dx), total)
-                minimum = v.fma(v.convert(v.f32x4, lows), v.splat(v.f32x4, v.load_half(v.float32, p + 2) * dx), minimum)
-            v.store(out + row * 4, v.total(total) - v.total(minimum))
-
-    return gemv
-
-
-@kernel("gemv_q4_k", arguments=7)
-def gemv_q4_k(v: Any) -> Callable[..., None]:
-    def quants(j):
-        place, shift = 16 + 32 * (j // 2), 4 * (j % 2)
-
-        def load(p):
-            return v.bits(v.u8x32, (v.load(v.u16x16, p + place) >> shift) & 0x0F0F)
-
-        return v.function(load)
-
-    return _k_gemv(v, 144, [quants(j) for j in range(8)])
-
-
-@kernel("gemv_q5_k", arguments=7)
-def gemv_q5_k(v: Any) -> Callable[..., None]:
-    def quants(j):
-        place, shift = 48 + 32 * (j // 2), 4 * (j % 2)
-
-        def load(p):
-            fifth = ((v.load(v.u16x16, p + 16) >> j) & 0x0101) << 4
-            return v.bits(v.u8x32, ((v.load(v.u16x16, p + place) >> shift) & 0x0F0F) | fifth)
-
-        return v.function(load)
-
-    return _k_gemv(v, 176, [quants(j) for j in range(8)])
-
-
-@kernel("gemv_q6_k", arguments=7)
-def gemv_q6_k(v: Any) -> Callable[..., None]:
-    """Low nibbles [128], two high bits [64], int8 scales [16], float16 d; quants are stored with 32 added."""
-
-    def scaled(j):
-        """32 quants from 32 j on, times activations and their two scales."""
-        half, part = divmod(j, 4)
-        ql, qh, shift = 64 * half + 32 * (part % 2), 128 + 32 * half, 4 * (part // 2)
-        up, down = max(4 - 2 * part, 0), max(2 * part - 4, 0)
-        scale = v.shuffle([2 * j] * 8 + [2 * j + 1] * 8)
-
-        def products(total, p, x, scales):
-            two = ((v.load(v.u16x16, p + qh) >> down) << up) & 0x3030
-            quants = v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two)
-            return v.dot_words(total, v.byte_pairs(quants, v.load(v.i8x32, x + 32 * j)), scale(scales, scales))
-
-        return v.function(products)
-
-    p0, p1, p2, p3, p4, p5, p6, p7 = (scaled(j) for j in range(8))
-
-    def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        sums16 = activations + columns + (columns >> 4)
-        scales = sums16 + (columns >> 3)
-        for row in range(row_start, row_stop):
-            w = weights + row * row_nbytes
-            total, offset = v.zero(v.f32x8), v.zero(v.f32x8)
-            for block in range(columns >> 8):
-                p, x = w + block * 210, activations + block * 256
-                v.prefetch(p + PREFETCH)
-                v.prefetch(p + PREFETCH + 64)
-                v.prefetch(p + PREFETCH + 128)
-                v.prefetch(p + PREFETCH + 192)
-                sc = v.convert(v.i16x16, v.load(v.i8x16, p + 192))
-                a = p2(p0(v.zero(v.i32x8), p, x, sc), p, x, sc)
-                b = p3(p1(v.zero(v.i32x8), p, x, sc), p, x, sc)
-                a = p6(p4(a, p, x, sc), p, x, sc)
-                b = p7(p5(b, p, x, sc), p, x, sc)
-                d = v.load_half(v.float32, p + 208) * v.load(v.float32, scales + block * 4)
-                total = v.fma(v.convert(v.f32x8, a + b), v.splat(v.f32x8, d), total)
-                shifted = v.word_pairs(sc, v.load(v.i16x16, sums16 + block * 32))
-                offset = v.fma(v.convert(v.f32x8, shifted), v.splat(v.f32x8, d * np.float32(32)), offset)
-            v.store(out + row * 4, v.total(total) - v.total(offset))
-
-    return gemv
+    return _table_gemv(v, 17, v.function(scale), 1, E2M1)
 
 
 def _block_gemv(format: Format, factory: Block) -> Callable[[Any], Callable[..., None]]:

@@ -1,4 +1,4 @@
-"""Matrix times vector with 512-bit vectors and VNNI, at the speed of memory; the contract is `matmul.py`'s."""
+"""Matrix times vector with 512-bit vectors and VNNI, formats of 32-element blocks; the contract is `matmul.py`'s."""
 
 from __future__ import annotations
 
@@ -7,219 +7,283 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.kernels.cpu.blocks import PREFETCH, six_bit_scales
+from localmoe.kernels.cpu.blocks import E2M1, iq4_values
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, four_rows, joined
 
-_TWICE = [*range(16)] * 2
+
+def _windows(nbytes: int, offset: int, size: int) -> tuple[int, int]:
+    """Where two vectors of 64 bytes begin that cover `size` bytes at `offset` of each of four blocks and lie inside
+    them."""
+    places = [i * nbytes + offset for i in range(4)]
+    for first in (0, offset):
+        rest = [place for place in places if not first <= place <= first + 64 - size]
+        for second in (rest[0] - offset, 4 * nbytes - 64) if rest else (first,):
+            if all(second <= place <= second + 64 - size for place in rest):
+                return first, second
+    raise AssertionError(f"no two vectors cover {size} bytes at {offset} of blocks of {nbytes}")
 
 
-def _block32_gemv(v: Any, nbytes: int, load_pair: Any, load_one: Any, offset: int) -> Callable[..., None]:
-    """Blocks of a float16 scale and 32 values stored with `offset` added, which the loaders bring as unsigned bytes.
+def _pieces(v: Any, nbytes: int, offset: int) -> Any:
+    """(address of four blocks) -> u8x64: 16 bytes at `offset` of each, by two loads where four and three insertions
+    would be slower; `nbytes` 0: of one block, four times."""
+    if nbytes % 2 or not nbytes:
+        join = joined(v, v.u8x16)
 
-    Measured on Zen 4 and left: two rows at once, sharing what the activations decide, lost half the speed of memory;
-    int32 sums of four activations, in place of the second dot product, made Q4_0 9 % faster and Q8_0 13 % slower.
+        def pieces(p):
+            q = p + offset
+            return join(q, q + nbytes, q + 2 * nbytes, q + 3 * nbytes)
+
+        return v.function(pieces)
+    first, second = _windows(nbytes, offset, 16)
+    places = [i * nbytes + offset for i in range(4)]
+    starts = [(p - first) // 2 if first <= p <= first + 48 else 32 + (p - second) // 2 for p in places]
+    pick = v.shuffle([start + i for start in starts for i in range(8)])
+
+    def pieces_of_windows(p):
+        return v.bits(v.u8x64, pick(v.load(v.u16x32, p + first), v.load(v.u16x32, p + second)))
+
+    return v.function(pieces_of_windows)
+
+
+def _halves(v: Any, nbytes: int, offset: int) -> Any:
+    """(four addresses, of four blocks each) -> f32x16: the float16 at `offset` of each block, a piece for each address;
+    `nbytes` 0: of one block, four times."""
+    two, four = v.shuffle([*range(8)]), v.shuffle([*range(16)])
+    first, second = _windows(nbytes, offset, 2) if nbytes else (0, 0)
+    places = [(i * nbytes + offset - first) // 2 for i in range(4)]
+    if not nbytes:
+        spread = v.shuffle([0] * 4)
+
+        def at(p):
+            bits = v.bits(v.u16x2, v.load(v.uint32, p + offset))
+            return spread(bits, bits)
+
+    elif first == second:
+        pair = v.shuffle(places + [32 + place for place in places])
+
+        def halves_of_pairs(p, q, r, s):
+            low = pair(v.load(v.u16x32, p + first), v.load(v.u16x32, q + first))
+            return v.half(four(low, pair(v.load(v.u16x32, r + first), v.load(v.u16x32, s + first))))
+
+        return v.function(halves_of_pairs)
+    else:
+        places = [i * nbytes + offset for i in range(4)]
+        pick = v.shuffle([(p - first) // 2 if p <= first + 62 else 32 + (p - second) // 2 for p in places])
+
+        def at(p):
+            return pick(v.load(v.u16x32, p + first), v.load(v.u16x32, p + second))
+
+    at = v.function(at)
+
+    def halves(p, q, r, s):
+        return v.half(four(two(at(p), at(q)), two(at(r), at(s))))
+
+    return v.function(halves)
+
+
+def _activations(v: Any, factor: float) -> tuple[Any, Any]:
+    """Two functions (activations, columns, first) -> first and second halves of four blocks' int8, and their scales
+    times `factor` as f32x16, in every piece the same four; the second function is for one block, which takes all four
+    places, with three scales 0."""
+    even, odd = alternating(v)
+    repeated, alone, halves = v.shuffle([*range(4)] * 4), v.shuffle([0, 16, 16, 16] * 4), v.shuffle([*range(16)] * 4)
+
+    def four(activations, columns, first):
+        x = activations + first
+        y, z = v.load(v.i8x64, x), v.load(v.i8x64, x + 64)
+        scales = v.load(v.f32x4, activations + ((columns + 63) & -64) + (first >> 3))
+        return even(y, z), odd(y, z), repeated(scales, scales) * np.float32(factor)
+
+    def one(activations, columns, first):
+        y, z = v.load(v.i8x16, activations + first), v.load(v.i8x16, activations + first + 16)
+        scale = v.load(v.float32, activations + ((columns + 63) & -64) + (first >> 3)) * np.float32(factor)
+        return halves(y, y), halves(z, z), alone(v.splat(v.f32, scale), v.zero(v.f32))
+
+    return v.function(four), v.function(one)
+
+
+def _blocks32(
+    v: Any, nbytes: int, quants: Any, scales: Any, offset: int, factor: float = 1.0, near: int = 0
+) -> Callable[..., None]:
+    """Blocks of 32 values, stored with `offset` added.
+
+    `quants(stride)(p)` brings those of four blocks `stride` apart as two u8x64, their first and their second halves;
+    `scales(v, stride, 0)` is as `_halves`; what they bring is multiplied by `factor`.
     """
-    halves = v.strided(v.u16x8, nbytes)
-    offsets, offsets_one = v.constants(v.u8x64, offset), v.constants(v.u8x32, offset)
-    s0, s1, s2, s3 = (v.shuffle([2 * j] * 8 + [2 * j + 1] * 8) for j in range(4))
+    offsets = v.constants(v.u8x64, offset)
+    t0, t1, t2, t3 = each_row(v)
 
-    def pair(p, x):
-        values = v.load(v.i8x64, x)
-        stored = v.dot(v.zero(v.i32), load_pair(p + 2, p + (nbytes + 2)), values)
-        return v.convert(v.f32, stored - v.dot(v.zero(v.i32), offsets(), values))
+    def step(stride, prepare):
+        load, scales_of = v.function(quants(stride)), scales(v, stride, 0)
 
-    def one(p, x):
-        values = v.load(v.i8x32, x)
-        stored = v.dot(v.zero(v.i32x8), load_one(p + 2), values)
-        return v.convert(v.f32x8, stored - v.dot(v.zero(v.i32x8), offsets_one(), values))
+        def row(p, y, z, begin, scale, total):
+            first, second = load(p)
+            return v.fma(v.convert(v.f32, v.dot(v.dot(begin, first, y), second, z)), scale, total)
 
-    pair, one = v.function(pair), v.function(one)
+        row = v.function(row)
 
-    def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        blocks, scales = columns >> 5, activations + ((columns + 63) & -64)
-        eights = blocks & -8
-        for row in range(row_start, row_stop):
-            w = weights + row * row_nbytes
-            a, b, rest = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32x8)
-            for block in range(0, eights, 8):
-                p, x = w + block * nbytes, activations + block * 32
-                for ahead in range(PREFETCH, PREFETCH + 8 * nbytes, 64):
-                    v.prefetch(p + ahead)
-                d = v.half(halves(p)) * v.load(v.f32x8, scales + block * 4)
-                a = v.fma(pair(p, x), s0(d, d), a)
-                b = v.fma(pair(p + 2 * nbytes, x + 64), s1(d, d), b)
-                a = v.fma(pair(p + 4 * nbytes, x + 128), s2(d, d), a)
-                b = v.fma(pair(p + 6 * nbytes, x + 192), s3(d, d), b)
-            for block in range(eights, blocks):
-                p = w + block * nbytes
-                scale = v.load_half(v.float32, p) * v.load(v.float32, scales + block * 4)
-                rest = v.fma(one(p, activations + block * 32), v.splat(v.f32x8, scale), rest)
-            v.store(out + row * 4, v.total(a + b) + v.total(rest))
+        def rows(p, q, r, s, activations, columns, first, sums):
+            a, b, c, d, none = sums
+            y, z, scale = prepare(activations, columns, first)
+            begin = v.zero(v.i32) - v.dot(v.dot(v.zero(v.i32), offsets(), y), offsets(), z)
+            scale = scales_of(p, q, r, s) * scale
+            a, b = row(p, y, z, begin, t0(scale, scale), a), row(q, y, z, begin, t1(scale, scale), b)
+            c, d = row(r, y, z, begin, t2(scale, scale), c), row(s, y, z, begin, t3(scale, scale), d)
+            return a, b, c, d, none
 
-    return gemv
+        return v.function(rows)
+
+    four, one = _activations(v, factor)
+    return four_rows(v, step(nbytes, four), 4 * nbytes, 128, step(0, one), near)
+
+
+def _blocks32_minimum(v: Any, nbytes: int, quants: Any) -> Callable[..., None]:
+    """Q4_1 and Q5_1: float16 d, float16 m, then unsigned quants; a weight is d · quant + m."""
+    ones = v.constants(v.u8x64, 1)
+    t0, t1, t2, t3 = each_row(v)
+    f0, f1, f2, f3 = (v.shuffle([4 * i + lane for i in range(4)] * 4) for lane in range(4))
+
+    def step(stride, prepare):
+        load, scales_of, minima_of = v.function(quants(stride)), _halves(v, stride, 0), _halves(v, stride, 2)
+
+        def row(p, y, z, scale, total):
+            first, second = load(p)
+            products = v.dot(v.dot(v.zero(v.i32), first, y), second, z)
+            return v.fma(v.convert(v.f32, products), scale, total)
+
+        row = v.function(row)
+
+        def rows(p, q, r, s, activations, columns, first, sums):
+            a, b, c, d, minimum = sums
+            y, z, size = prepare(activations, columns, first)
+            quarters = v.dot(v.dot(v.zero(v.i32), ones(), y), ones(), z)
+            sum32 = (f0(quarters, quarters) + f1(quarters, quarters)) + (
+                f2(quarters, quarters) + f3(quarters, quarters)
+            )
+            minimum = v.fma(minima_of(p, q, r, s) * size, v.convert(v.f32, sum32), minimum)
+            scale = scales_of(p, q, r, s) * size
+            a, b = row(p, y, z, t0(scale, scale), a), row(q, y, z, t1(scale, scale), b)
+            c, d = row(r, y, z, t2(scale, scale), c), row(s, y, z, t3(scale, scale), d)
+            return a, b, c, d, minimum
+
+        return v.function(rows)
+
+    four, one = _activations(v, 1.0)
+    return four_rows(v, step(nbytes, four), 4 * nbytes, 128, step(0, one))
 
 
 @kernel("gemv_q8_0", arguments=7, isa="avx512")
 def gemv_q8_0(v: Any) -> Callable[..., None]:
-    join = v.shuffle([*range(64)])
+    def quants(stride):
+        first_half, second_half = _pieces(v, stride, 2), _pieces(v, stride, 18)
 
-    def load_one(p):
-        return v.load(v.u8x32, p) ^ 128
+        def load(p):
+            return first_half(p) ^ 128, second_half(p) ^ 128
 
-    def load_pair(p, q):
-        return join(v.load(v.u8x32, p), v.load(v.u8x32, q)) ^ 128
+        return load
 
-    return _block32_gemv(v, 34, v.function(load_pair), v.function(load_one), 128)
+    return _blocks32(v, 34, quants, _halves, 128, near=1024)
+
+
+def _nibbles(v: Any, offset: int) -> Any:
+    """stride -> function(p) -> low and high nibbles of 16 bytes at `offset` of each of four blocks."""
+
+    def quants(stride):
+        pieces = _pieces(v, stride, offset)
+
+        def load(p):
+            packed = pieces(p)
+            return packed & 15, v.bits(v.u8x64, (v.bits(v.u16x32, packed) >> 4) & 0x0F0F)
+
+        return load
+
+    return quants
+
+
+def _five_bits(v: Any, offset: int) -> Any:
+    """stride -> function(p) -> quants of 32 fifth bits at `offset` and the nibbles behind them."""
+    nibbles = _nibbles(v, offset + 4)
+
+    def quants(stride):
+        four = v.function(nibbles(stride))
+
+        def bits(p):
+            a, b = v.load(v.uint16, p), v.load(v.uint16, p + stride)
+            c, d = v.load(v.uint16, p + 2 * stride), v.load(v.uint16, p + 3 * stride)
+            return v.marked(v.u8x64, a | (b << 16) | (c << 32) | (d << 48)) & 16
+
+        bits = v.function(bits)
+
+        def load(p):
+            first, second = four(p)
+            return first + bits(p + offset), second + bits(p + offset + 2)
+
+        return load
+
+    return quants
 
 
 @kernel("gemv_q4_0", arguments=7, isa="avx512")
 def gemv_q4_0(v: Any) -> Callable[..., None]:
-    twice = v.shuffle([*range(8)] * 2)
-    both_twice = v.shuffle([*range(8)] * 2 + [*range(8, 16)] * 2)
-    shift_one = v.constants(v.u16x16, [0] * 8 + [4] * 8)
-    shift_pair = v.constants(v.u16x32, ([0] * 8 + [4] * 8) * 2)
+    return _blocks32(v, 18, _nibbles(v, 2), _halves, 8)
 
-    def load_one(p):
-        packed = v.load(v.u16x8, p)
-        return v.bits(v.u8x32, (twice(packed, packed) >> shift_one()) & 0x0F0F)
 
-    def load_pair(p, q):
-        return v.bits(v.u8x64, (both_twice(v.load(v.u16x8, p), v.load(v.u16x8, q)) >> shift_pair()) & 0x0F0F)
-
-    return _block32_gemv(v, 18, v.function(load_pair), v.function(load_one), 8)
+@kernel("gemv_q4_1", arguments=7, isa="avx512")
+def gemv_q4_1(v: Any) -> Callable[..., None]:
+    return _blocks32_minimum(v, 20, _nibbles(v, 4))
 
 
 @kernel("gemv_q5_0", arguments=7, isa="avx512")
 def gemv_q5_0(v: Any) -> Callable[..., None]:
-    twice, both_twice = v.shuffle([*range(8)] * 2), v.shuffle([*range(8)] * 2 + [*range(8, 16)] * 2)
-    shift_one = v.constants(v.u16x16, [0] * 8 + [4] * 8)
-    shift_pair = v.constants(v.u16x32, ([0] * 8 + [4] * 8) * 2)
-
-    def load_one(p):
-        packed = v.load(v.u16x8, p + 4)
-        nibbles = v.bits(v.u8x32, (twice(packed, packed) >> shift_one()) & 0x0F0F)
-        return nibbles | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
-
-    def load_pair(p, q):
-        nibbles = (both_twice(v.load(v.u16x8, p + 4), v.load(v.u16x8, q + 4)) >> shift_pair()) & 0x0F0F
-        fifths = v.marked(v.u8x64, v.load(v.uint32, p) | (v.load(v.uint32, q) << 32))
-        return v.bits(v.u8x64, nibbles) | (fifths & 16)
-
-    return _block32_gemv(v, 22, v.function(load_pair), v.function(load_one), 16)
+    return _blocks32(v, 22, _five_bits(v, 2), _halves, 16)
 
 
-def _k_sums(v: Any, load: Any) -> Any:
-    """(block, activations, scales i16x8) -> i32 sums of scale · quant · activation over 256, from `load[j](block)`: 64
-    quants."""
-    first, second, third, fourth = load
-    s0, s1, s2, s3 = (v.shuffle([2 * j] * 16 + [2 * j + 1] * 16) for j in range(4))
-
-    def sums(p, x, scales):
-        a = v.dot_words(v.zero(v.i32), v.byte_pairs(first(p), v.load(v.i8x64, x)), s0(scales, scales))
-        b = v.dot_words(v.zero(v.i32), v.byte_pairs(second(p), v.load(v.i8x64, x + 64)), s1(scales, scales))
-        a = v.dot_words(a, v.byte_pairs(third(p), v.load(v.i8x64, x + 128)), s2(scales, scales))
-        b = v.dot_words(b, v.byte_pairs(fourth(p), v.load(v.i8x64, x + 192)), s3(scales, scales))
-        return a + b
-
-    return v.function(sums)
+@kernel("gemv_q5_1", arguments=7, isa="avx512")
+def gemv_q5_1(v: Any) -> Callable[..., None]:
+    return _blocks32_minimum(v, 24, _five_bits(v, 4))
 
 
-def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
-    """Q4_K and Q5_K: float16 d and dmin, six-bit scales and minima of 8 x 32, then what `load` reads."""
-    sums_of, unpack = _k_sums(v, load), six_bit_scales(v)
+def _looked_up(v: Any, offset: int, values: list[int]) -> Any:
+    """stride -> function(p) -> what a table has for each nibble, with 128 added."""
+    nibbles, table = _nibbles(v, offset), v.constants(v.u8x64, [value + 128 for value in values] * 4)
 
-    def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        sums32 = activations + columns
-        scales = sums32 + (columns >> 4) + (columns >> 3)
-        for row in range(row_start, row_stop):
-            w = weights + row * row_nbytes
-            total, minimum = v.zero(v.f32), v.zero(v.f32x4)
-            for block in range(columns >> 8):
-                p = w + block * nbytes
-                v.prefetch(p + PREFETCH)
-                v.prefetch(p + PREFETCH + 64)
-                v.prefetch(p + PREFETCH + 128)
-                dx = v.load(v.float32, scales + block * 4)
-                six, minima = unpack(p + 4)
-                sums = sums_of(p, activations + block * 256, six)
-                lows = v.word_pairs(minima, v.load(v.i16x8, sums32 + block * 16))
-                total = v.fma(v.convert(v.f32, sums), v.splat(v.f32, v.load_half(v.float32, p) * dx), total)
-                minimum = v.fma(v.convert(v.f32x4, lows), v.splat(v.f32x4, v.load_half(v.float32, p + 2) * dx), minimum)
-            v.store(out + row * 4, v.total(total) - v.total(minimum))
-
-    return gemv
-
-
-@kernel("gemv_q4_k", arguments=7, isa="avx512")
-def gemv_q4_k(v: Any) -> Callable[..., None]:
-    twice, shifts = v.shuffle(_TWICE), v.constants(v.u16x32, [0] * 16 + [4] * 16)
-
-    def quants(j):
-        def load(p):
-            packed = v.load(v.u16x16, p + (16 + 32 * j))
-            return v.bits(v.u8x64, (twice(packed, packed) >> shifts()) & 0x0F0F)
-
-        return v.function(load)
-
-    return _k_gemv(v, 144, [quants(j) for j in range(4)])
-
-
-@kernel("gemv_q5_k", arguments=7, isa="avx512")
-def gemv_q5_k(v: Any) -> Callable[..., None]:
-    twice, shifts = v.shuffle(_TWICE), v.constants(v.u16x32, [0] * 16 + [4] * 16)
-
-    def quants(j):
-        bit = v.constants(v.u16x32, [2 * j] * 16 + [2 * j + 1] * 16)
+    def quants(stride):
+        four = v.function(nibbles(stride))
 
         def load(p):
-            packed, high = v.load(v.u16x16, p + (48 + 32 * j)), v.load(v.u16x16, p + 16)
-            fifth = ((twice(high, high) >> bit()) & 0x0101) << 4
-            return v.bits(v.u8x64, ((twice(packed, packed) >> shifts()) & 0x0F0F) | fifth)
+            first, second = four(p)
+            return v.look_up(table(), first), v.look_up(table(), second)
 
-        return v.function(load)
+        return load
 
-    return _k_gemv(v, 176, [quants(j) for j in range(4)])
+    return quants
 
 
-@kernel("gemv_q6_k", arguments=7, isa="avx512")
-def gemv_q6_k(v: Any) -> Callable[..., None]:
-    """Low nibbles [128], two high bits [64], int8 scales [16], float16 d; quants are stored with 32 added."""
-    twice = v.shuffle(_TWICE)
-    low, high = v.constants(v.u16x32, [4] * 16 + [2] * 16), v.constants(v.u16x32, [0] * 16 + [2] * 16)
-    t0, t1, t2, t3 = (v.shuffle([i for part in range(4) for i in [4 * j + part] * 8]) for j in range(4))
+@kernel("gemv_iq4_nl", arguments=7, isa="avx512")
+def gemv_iq4_nl(v: Any) -> Callable[..., None]:
+    return _blocks32(v, 18, _looked_up(v, 2, iq4_values()), _halves, 128)
 
-    def first(ql, qh):
-        two = v.load(v.u16x16, qh)
-        return v.bits(v.u8x64, (v.load(v.u16x32, ql) & 0x0F0F) | ((twice(two, two) << low()) & 0x3030))
 
-    def second(ql, qh):
-        two = v.load(v.u16x16, qh)
-        return v.bits(v.u8x64, ((v.load(v.u16x32, ql) >> 4) & 0x0F0F) | ((twice(two, two) >> high()) & 0x3030))
+def _exponents(v: Any, nbytes: int, offset: int) -> Any:
+    """As `_halves`, of bytes that are exponents of float32. 0 gives 0 instead of 2^-127, which no sum would keep."""
+    four, eight = v.shuffle([*range(8)]), v.shuffle([*range(16)])
 
-    first, second = v.function(first), v.function(second)
+    def at(p):
+        p = p + offset
+        a, b = v.load(v.uint8, p), v.load(v.uint8, p + nbytes)
+        c, d = v.load(v.uint8, p + 2 * nbytes), v.load(v.uint8, p + 3 * nbytes)
+        return v.bits(v.u8x4, v.convert(v.int32, a | (b << 8) | (c << 16) | (d << 24)))
 
-    def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        sums16 = activations + columns + (columns >> 4)
-        scales = sums16 + (columns >> 3)
-        for row in range(row_start, row_stop):
-            w = weights + row * row_nbytes
-            total, offset = v.zero(v.f32), v.zero(v.f32x8)
-            for block in range(columns >> 8):
-                p = w + block * 210
-                x = activations + block * 256
-                v.prefetch(p + PREFETCH)
-                v.prefetch(p + PREFETCH + 64)
-                v.prefetch(p + PREFETCH + 128)
-                v.prefetch(p + PREFETCH + 192)
-                sc = v.convert(v.i16x16, v.load(v.i8x16, p + 192))
-                a = v.dot_words(v.zero(v.i32), v.byte_pairs(first(p, p + 128), v.load(v.i8x64, x)), t0(sc, sc))
-                b = v.dot_words(v.zero(v.i32), v.byte_pairs(second(p, p + 128), v.load(v.i8x64, x + 64)), t1(sc, sc))
-                a = v.dot_words(a, v.byte_pairs(first(p + 64, p + 160), v.load(v.i8x64, x + 128)), t2(sc, sc))
-                b = v.dot_words(b, v.byte_pairs(second(p + 64, p + 160), v.load(v.i8x64, x + 192)), t3(sc, sc))
-                d = v.load_half(v.float32, p + 208) * v.load(v.float32, scales + block * 4)
-                total = v.fma(v.convert(v.f32, a + b), v.splat(v.f32, d), total)
-                shifted = v.word_pairs(sc, v.load(v.i16x16, sums16 + block * 32))
-                offset = v.fma(v.convert(v.f32x8, shifted), v.splat(v.f32x8, d * np.float32(32)), offset)
-            v.store(out + row * 4, v.total(total) - v.total(offset))
+    at = v.function(at)
 
-    return gemv
+    def exponents(p, q, r, s):
+        bytes16 = eight(four(at(p), at(q)), four(at(r), at(s)))
+        return v.bits(v.f32, v.convert(v.u32x16, bytes16) << 23)
+
+    return v.function(exponents)
+
+
+@kernel("gemv_mxfp4", arguments=7, isa="avx512")
+def gemv_mxfp4(v: Any) -> Callable[..., None]:
+    return _blocks32(v, 17, _looked_up(v, 1, E2M1), _exponents, 128, 0.5)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import FORMATS
-from localmoe.kernels.cpu.blocks import six_bit_scales
+from localmoe.kernels.cpu.blocks import E2M1, iq4_values, six_bit_scales
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.isa import Isa
 
@@ -33,17 +33,18 @@ class Integer:
 
 
 INTEGER: dict[str, Integer] = {}
+SIGNED = {"Q8_0": ("q8_32", 32), "IQ4_NL": ("q8_32", 32), "IQ4_XS": ("q8_256", 32)}  # eight bits, with form and group
 
 
 def offset(isa: Isa) -> int:
     """What is added to signed quants: so much that every format fits a byte, or, where products of bytes are added in
-    16 bits and saturate, no more than seven bits take (Q8_0 then stays signed)."""
+    16 bits and saturate, no more than seven bits take (formats in SIGNED then stay signed)."""
     return 128 if isa.name == "avx512" else 64
 
 
 def signed(format_name: str, isa: Isa) -> bool:
     """Whether quants are int8 without offset."""
-    return format_name == "Q8_0" and isa.name != "avx512"
+    return format_name in SIGNED and isa.name != "avx512"
 
 
 def low_words(form: str, group: int) -> int:
@@ -255,5 +256,53 @@ def q3_k(v: Any) -> Any:
             two = (v.load(v.u8x32, p + 32 + 32 * (j >> 2)) >> (2 * (j & 3))) & 3
             third = ((v.load(v.u8x32, p) >> j) & 1) << 2
             v.store(quants + 32 * j, (two | third) + added)
+
+    return block
+
+
+def _table(v: Any, name: str, values: list[int]) -> Any:
+    """(address of 16 bytes) -> u8x32: what their nibbles stand for, as the products want it."""
+    nibbles, added = _nibbles(v), 0 if signed(name, v.isa) else offset(v.isa)
+    table = v.constants(v.i8x32, [(value + added + 128) % 256 - 128 for value in values] * 2)
+
+    def quants(p):
+        return v.bits(v.u8x32, v.look_up(table(), nibbles(p)))
+
+    return v.function(quants)
+
+
+@unpacks("IQ4_NL", "q8_32", 32)
+def iq4_nl(v: Any) -> Any:
+    table = _table(v, "IQ4_NL", iq4_values())
+
+    def block(p, quants, scales, lows):
+        v.store(quants, table(p + 2))
+        v.store(scales, v.load_half(v.float32, p))
+
+    return block
+
+
+@unpacks("MXFP4", "q8_32", 32)
+def mxfp4(v: Any) -> Any:
+    table = _table(v, "MXFP4", E2M1)
+
+    def block(p, quants, scales, lows):
+        v.store(quants, table(p + 1))
+        size = v.bits(v.float32, v.convert(v.int32, v.load(v.uint8, p) << 23))
+        v.store(scales, size * np.float32(0.5))
+
+    return block
+
+
+@unpacks("IQ4_XS", "q8_256", 32)
+def iq4_xs(v: Any) -> Any:
+    table = _table(v, "IQ4_XS", iq4_values())
+
+    def block(p, quants, scales, lows):
+        d, high, low = v.load_half(v.float32, p), v.load(v.uint16, p + 2), v.load(v.uint32, p + 4)
+        for j in range(8):
+            v.store(quants + 32 * j, table(p + 8 + 16 * j))
+            scale = (((low >> (4 * j)) & 15) | (((high >> (2 * j)) & 3) << 4)) - 32
+            v.store(scales + 4 * j, d * np.float32(scale))
 
     return block
