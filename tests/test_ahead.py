@@ -191,7 +191,7 @@ def test_archives_are_written_for_the_targets_and_kernels_asked_for(tmp_path: Pa
 
 
 def test_every_kernel_of_the_package_is_found() -> None:
-    assert {"run_tape", "gemm", "gemv_q4_k", "attention_f16", "limit_read"} <= set(build.registered())
+    assert {"run_tape", "gemm", "gemv_q4_k", "attention_decode_f16", "limit_read"} <= set(build.registered())
 
 
 def test_of_old_caches_the_newest_stay(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ CHUNK = 512  # columns: a strip (50 KB) and a panel's chunk (64 KB) stay in the 
 _TILE_ROWS = {"avx512": 8, "avx2": 6, "portable": 2}
 STRIP_ROWS = 24  # a multiple of every tile's rows; threads should share rows by whole strips
 ARGUMENTS = 11
-_TOKENS = 256  # sums of a strip over so many tokens stay in the cache until all columns are in
+_TOKENS = 512  # sums of a strip over so many tokens stay in the second-level cache until all columns are in
 _ROW_STRIDE = CHUNK * 4 + 64  # off a multiple of 4096, so that the rows of a tile fall into different cache sets
 
 

@@ -1,0 +1,203 @@
+"""Vector operations on rows of numbers, for attention: queries times keys, the exp of a softmax, weighted sums of rows.
+
+Imports numba: to be imported only where something must be compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from localmoe.kernels.cpu.isa import Isa
+from localmoe.kernels.cpu.vector import F32, I32, I64, Lowering, call, operation, shuffled, spread
+from localmoe.kernels.cpu.vector_maths import fused
+from localmoe.kernels.cpu.vector_memory import fetch, half_to_float, number, pointer
+
+I8, I16 = ir.IntType(8), ir.IntType(16)
+LINE = 64
+Defined = tuple[types.Type, Lowering] | None
+
+
+def _place(b: ir.IRBuilder, start: ir.Value, index: ir.Value, nbytes: int) -> ir.Value:
+    return pointer(b, b.add(start, b.mul(index, I64(nbytes))), I8)
+
+
+def _vector(b: ir.IRBuilder, place: ir.Value, offset: int, of: ir.Type) -> ir.Value:
+    # A constant offset from one pointer: as sums of integers, each address would get a register of its own.
+    return b.load(b.gep(place, [I64(offset)], source_etype=I8), align=1, typ=of)
+
+
+def _floats(b: ir.IRBuilder, isa: Isa, place: ir.Value, offset: int, element: int) -> ir.Value:
+    """A vector of float32 from memory of float32 (element 4) or float16 (element 2)."""
+    if element == 4:
+        return _vector(b, place, offset, ir.VectorType(F32, isa.lanes))
+    return half_to_float(b, isa, _vector(b, place, offset, ir.VectorType(I16, isa.lanes)))
+
+
+def _prefetch(b: ir.IRBuilder, place: ir.Value, ahead: ir.Value, nbytes: int) -> None:
+    """Ask for `nbytes` of lines, `ahead` bytes behind a pointer, into the second level."""
+    for line in range(0, max(nbytes, LINE), LINE):
+        address = b.gep(b.gep(place, [ahead], source_etype=I8), [I64(line)], source_etype=I8)
+        call(b, "llvm.prefetch.p0", ir.VoidType(), address, I32(0), I32(2), I32(1))
+
+
+def _lane_totals(b: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """One vector whose lane i is the sum of the lanes of vector i; as many vectors as lanes, a power of two."""
+    while len(vectors) > 1:
+        half, lanes = len(vectors) // 2, vectors[0].type.count
+        kept = [i + (lanes if i & half else 0) for i in range(lanes)]
+        other = [(i ^ half) + (lanes if i & half else 0) for i in range(lanes)]
+        pairs = [(vectors[i], vectors[i + half]) for i in range(half)]
+        vectors = [b.fadd(shuffled(b, x, y, kept), shuffled(b, x, y, other)) for x, y in pairs]
+    return vectors[0]
+
+
+def softmax_exp(isa: Isa) -> Any:
+    """`softmax_exp(isa)` in the factory, `name(x)` in the kernel: exp(x) of a vector of x <= 0, relative error 1e-7.
+
+    Exactly 1 for 0 and exactly 0 below -86; in two thirds of v.exp's instructions.
+    """
+    magic = 12582912.0  # 1.5 · 2^23: added, it leaves the nearest integer in the low bits
+
+    @operation
+    def exp(x: Any) -> Defined:
+        def lowered(b: ir.IRBuilder, p: ir.Value) -> ir.Value:
+            f = lambda value: number(p.type, value)  # noqa: E731
+            words = ir.VectorType(I32, p.type.count)
+            shifted = fused(b, isa, p, f(1.44269502162933349609375), f(magic))
+            whole = b.fsub(shifted, f(magic))
+            r = fused(b, isa, whole, f(-0.693359375), p)
+            r = fused(b, isa, whole, f(2.12194440e-4), r)
+            y = f(1.0 / 5040)
+            for coefficient in (1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
+                y = fused(b, isa, y, r, f(coefficient))
+            power = b.shl(b.bitcast(shifted, words), number(words, 23))  # the exponent of 2^n, n >= -124
+            y = b.bitcast(b.add(b.bitcast(y, words), power), p.type)
+            return b.select(b.fcmp_ordered("<", p, f(-86.0)), f(0.0), y)
+
+        return x, lowered
+
+    return exp
+
+
+def products(isa: Isa, queries: int, element: int, out_stride: int) -> Any:
+    """`products(isa, queries, element, out_stride)` in the factory: queries · keys == lanes inner products at once.
+
+    name(q, q_stride, rows, row_stride, last, vectors, out, ahead): float32 out[i, j] = q[i] · rows[min(j, last)], for
+    rows of `vectors` whole vectors of float16 (element 2) or float32; strides in bytes. Rows lie without gaps, and as
+    much as they hold is prefetched from `ahead` bytes behind them.
+    """
+    lanes, keys = isa.lanes, isa.lanes // queries
+    cells = [(i, j) for i in range(queries) for j in range(keys)]
+    floats = ir.VectorType(F32, lanes)
+
+    @operation
+    def inner_products(
+        q: Any, q_stride: Any, rows: Any, row_stride: Any, last: Any, vectors: Any, out: Any, ahead: Any
+    ) -> Defined:
+        def lowered(b: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+            query, query_step, key, key_step, end, count, target, distance = values
+            held = {cell: cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * lanes)) for cell in cells}
+            query_starts = [b.add(query, b.mul(query_step, I64(i))) for i in range(queries)]
+            distance = b.add(distance, b.mul(key_step, I64(keys)))
+            places = [b.select(b.icmp_signed("<", I64(j), end), I64(j), end) for j in range(keys)]
+            key_starts = [b.add(key, b.mul(key_step, place)) for place in places]
+            for cell in cells:
+                b.store(ir.Constant(floats, [0.0] * lanes), held[cell])
+            with cgutils.for_range(b, count) as loop:
+                nbytes = keys * lanes * element
+                _prefetch(b, _place(b, key, loop.index, max(nbytes, LINE)), distance, nbytes)
+                one_query = [_vector(b, _place(b, s, loop.index, 4 * lanes), 0, floats) for s in query_starts]
+                for j, start in enumerate(key_starts):
+                    row = _floats(b, isa, _place(b, start, loop.index, element * lanes), 0, element)
+                    for i in range(queries):
+                        b.store(fused(b, isa, one_query[i], row, b.load(held[i, j])), held[i, j])
+            total = _lane_totals(b, [b.load(held[cell]) for cell in cells])
+            for i in range(queries):
+                part = shuffled(b, total, total, list(range(i * keys, (i + 1) * keys)))
+                b.store(part, pointer(b, b.add(target, I64(i * out_stride)), part.type), align=4)
+            return ir.Constant(I8.as_pointer(), None)
+
+        return types.void, lowered
+
+    return inner_products
+
+
+def weighted_sums(isa: Isa, sets: int, vectors: int, element: int) -> Any:
+    """`weighted_sums(isa, sets, vectors, element)` in the factory: sums of rows, kept in registers.
+
+    name(shares, share_stride, rows, row_stride, count, sums, sums_stride, ahead): for i < sets and the columns c of
+    `vectors` vectors, sums[i, c] += shares[i, k] · rows[k, c] for k < count, in order, all float32 but rows of
+    float16 (element 2); strides in bytes. What stands `ahead` bytes behind a row is prefetched.
+    """
+    nbytes = 4 * isa.lanes
+    cells = [(i, m) for i in range(sets) for m in range(vectors)]
+    floats = ir.VectorType(F32, isa.lanes)
+
+    @operation
+    def sums_of_rows(
+        shares: Any, share_stride: Any, rows: Any, row_stride: Any, count: Any, sums: Any, sums_stride: Any, ahead: Any
+    ) -> Defined:
+        def lowered(b: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+            share, share_step, row, row_step, number, target, target_step, distance = values
+            places = {(i, m): b.add(b.add(target, b.mul(target_step, I64(i))), I64(m * nbytes)) for i, m in cells}
+            held = {cell: cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * isa.lanes)) for cell in cells}
+            for cell in cells:
+                b.store(fetch(b, places[cell], floats), held[cell])
+            starts = [b.add(share, b.mul(share_step, I64(i))) for i in range(sets)]
+            with cgutils.for_range(b, number) as loop:
+                place = pointer(b, b.add(row, b.mul(loop.index, row_step)), I8)
+                _prefetch(b, place, distance, vectors * isa.lanes * element)
+                columns = [_floats(b, isa, place, m * isa.lanes * element, element) for m in range(vectors)]
+                for i, start in enumerate(starts):
+                    factor = spread(b, _vector(b, _place(b, start, loop.index, 4), 0, F32), isa.lanes)
+                    for m in range(vectors):
+                        b.store(fused(b, isa, factor, columns[m], b.load(held[i, m])), held[i, m])
+            for cell in cells:
+                b.store(b.load(held[cell]), pointer(b, places[cell], floats), align=4)
+            return ir.Constant(I8.as_pointer(), None)
+
+        return types.void, lowered
+
+    return sums_of_rows
+
+
+def outer_products(isa: Isa, rows: int, stride: int, *, across: bool) -> Any:
+    """`outer_products(isa, rows, stride, across)` in the factory: a tile `rows` high and two vectors of tokens wide.
+
+    name(matrix, panel, count, sums): for r < rows and the 2 · lanes columns t of panel and sums, sums[r, t] +=
+    matrix[r, k] · panel[k, t] for k < count, in order, each lane for itself, all float32. matrix[r, k] stands at
+    matrix + r · stride + 4 k, or with `across` at matrix + k · stride + 4 r; panel and sums have no gaps.
+    """
+    nbytes, width = 4 * isa.lanes, 8 * isa.lanes
+    row_step, column_step = (4, stride) if across else (stride, 4)
+    cells = [(r, m) for r in range(rows) for m in range(2)]
+    floats = ir.VectorType(F32, isa.lanes)
+
+    @operation
+    def tile(matrix: Any, panel: Any, count: Any, sums: Any) -> Defined:
+        def lowered(b: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+            left, right, number, target = values
+            target = pointer(b, target, I8)
+            held = {}
+            for r, m in cells:
+                held[r, m] = cgutils.alloca_once(b, floats)
+                b.store(_vector(b, target, r * width + m * nbytes, floats), held[r, m])
+            with cgutils.for_range(b, number) as loop:
+                column, tokens = _place(b, left, loop.index, column_step), _place(b, right, loop.index, width)
+                columns = [_vector(b, tokens, m * nbytes, floats) for m in range(2)]
+                for r in range(rows):
+                    factor = spread(b, _vector(b, column, r * row_step, F32), isa.lanes)
+                    for m in range(2):
+                        b.store(fused(b, isa, factor, columns[m], b.load(held[r, m])), held[r, m])
+            for r, m in cells:
+                place = b.gep(target, [I64(r * width + m * nbytes)], source_etype=I8)
+                b.store(b.load(held[r, m]), b.bitcast(place, floats.as_pointer()), align=4)
+            return ir.Constant(I8.as_pointer(), None)
+
+        return types.void, lowered
+
+    return tile

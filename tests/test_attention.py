@@ -1,0 +1,213 @@
+"""Attention on the cpu over deep caches: against the formula in float64, across every border its kernels cut at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from programs import VOCABULARY, distance, given, ids
+
+from localmoe.kernels.cpu.attention_decode import CHUNK, HEADS
+from localmoe.kernels.cpu.attention_prefill import BLOCK
+from localmoe.kernels.cpu.device import CpuDevice
+from localmoe.kernels.cpu.isa import runnable
+from localmoe.kernels.ops import Ops, trace
+from localmoe.kernels.program import CacheLayer, Program, Temperature, Tensor
+
+Array = npt.NDArray[np.generic]
+CONTEXT = 3 * CHUNK + 37
+EXACT = 5e-6  # float32 sums of up to 1600 values in another order than float64's
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer; without a value width the first `prefix` elements of a key are its value."""
+
+    heads: int = 8
+    kv_heads: int = 2
+    width: int = 40
+    value_width: int | None = 24
+    prefix: int = 0
+    window: int = 0
+    temperature: Temperature | None = None
+    scale: float = 0.2
+
+    @property
+    def values(self) -> int:
+        return self.value_width or self.prefix
+
+    def queries(self) -> npt.NDArray[np.float32]:
+        random = np.random.default_rng(self.heads)
+        return random.standard_normal((VOCABULARY, self.heads * self.width)).astype(np.float32)
+
+    def program(self, tokens: int) -> Program:
+        def forward(ops: Ops) -> Tensor:
+            def rows(width: int) -> Tensor:
+                table = np.random.default_rng(width).standard_normal((VOCABULARY, self.kv_heads * width))
+                return given(ops, table).heads(self.kv_heads)
+
+            value = None if self.value_width is None else rows(self.value_width)
+            layer = ops.cache.append(rows(self.width), value, value_prefix=self.prefix)
+            q = given(ops, self.queries()).heads(self.heads)
+            how = {"scale": self.scale, "window": self.window, "temperature": self.temperature}
+            return ops.attention(q, layer, **how).flat()  # type: ignore[arg-type]
+
+        return trace(forward, tokens, all_rows=True)
+
+    def expected(self, device: CpuDevice, layer: CacheLayer, tokens: int, position: int) -> Array:
+        """softmax(scale · q Kᵀ) V in float64, from what the cache holds after the step."""
+        keys, values = (None if x is None else x.astype(np.float64) for x in device.cache(layer))
+        group, rows = self.heads // self.kv_heads, []
+        for at, token in zip(range(position, position + tokens), ids(tokens, position), strict=True):
+            first = max(0, at + 1 - self.window) if self.window else 0
+            warmth, t = self.scale, self.temperature
+            if t:
+                warmth *= 1 + t.scale * np.log1p(at // t.length)
+            q = self.queries()[token].reshape(self.kv_heads, group, self.width).astype(np.float64)
+            k = keys[:, first : at + 1, : self.width]
+            v = (keys if values is None else values)[:, first : at + 1, : self.values]
+            scores = warmth * np.einsum("kgd,ksd->kgs", q, k)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            rows.append(np.einsum("kgs,ksd->kgd", weights / weights.sum(-1, keepdims=True), v).reshape(-1))
+        return np.array(rows)
+
+
+class Bench:
+    """One layer on one device, its cache full of random rows up to a position and NaN from there on."""
+
+    def __init__(self, layer: Layer, isa: str, threads: int = 2, kv_format: str = "f16") -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCALMOE_ISA", isa)
+            self.device = CpuDevice(CONTEXT, kv_format, threads)
+        self.layer = layer
+
+    def fill(self, position: int) -> CacheLayer:
+        (cached,) = self.layer.program(1).cache
+        random = np.random.default_rng(3)
+        for array, width in zip(self.device.cache(cached), (cached.key_width, cached.value_width), strict=True):
+            if array is not None:
+                array[:, :, :width] = random.standard_normal((*array.shape[:2], width or 0)).astype(array.dtype)
+                array[:, position:, :width] = np.nan
+        return cached
+
+    def run(self, capacity: int, tokens: int, position: int) -> Array:
+        """One step; all that it may write held NaN before."""
+        plan = self.device.compile(self.layer.program(capacity))
+        plan._arena.view(np.float32).fill(np.nan)
+        return plan.run(ids(tokens, position), position)
+
+    def error(self, capacity: int, tokens: int, position: int) -> float:
+        cached = self.fill(position)
+        found = self.run(capacity, tokens, position)
+        return distance(found, self.layer.expected(self.device, cached, tokens, position))
+
+
+@pytest.fixture
+def bench() -> Iterator[type[Bench]]:
+    """`Bench`, whose devices are closed after the test."""
+    opened: list[Bench] = []
+
+    class Closing(Bench):
+        def __init__(self, *how: object) -> None:
+            super().__init__(*how)  # type: ignore[arg-type]
+            opened.append(self)
+
+    yield Closing
+    for one in opened:
+        one.device.close()
+
+
+each_isa = pytest.mark.parametrize("isa", runnable())
+BORDERS = (0, 1, BLOCK - 1, BLOCK, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, CONTEXT - 1)
+LATENT = Layer(16, 1, 72, None, prefix=64)
+
+
+@each_isa
+@pytest.mark.parametrize("kv_format", ["f16", "f32"])
+@pytest.mark.parametrize("layer", [Layer(), LATENT], ids=["grouped", "latent"])
+def test_one_token_sees_all_chunks_and_nothing_behind(
+    bench: type[Bench], isa: str, kv_format: str, layer: Layer
+) -> None:
+    one = bench(layer, isa, 2, kv_format)
+    for position in BORDERS:
+        assert one.error(1, 1, position) <= EXACT, position
+
+
+@each_isa
+@pytest.mark.parametrize("kv_format", ["f16", "f32"])
+@pytest.mark.parametrize("layer", [Layer(), LATENT], ids=["grouped", "latent"])
+def test_a_chunk_of_tokens_at_any_depth_sees_what_each_token_sees(
+    bench: type[Bench], isa: str, kv_format: str, layer: Layer
+) -> None:
+    one = bench(layer, isa, 2, kv_format)
+    for tokens, position in ((70, 0), (1, 0), (1, BLOCK), (33, BLOCK - 1), (70, 2 * CHUNK - 3), (70, CONTEXT - 70)):
+        assert one.error(70, tokens, position) <= EXACT, (tokens, position)
+
+
+@each_isa
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, HEADS, HEADS + 1, 2 * HEADS + 3])
+def test_any_number_of_heads_may_share_a_key_head(bench: type[Bench], isa: str, group: int) -> None:
+    for kv_heads in (1, 3):
+        one = bench(Layer(group * kv_heads, kv_heads), isa)
+        assert one.error(1, 1, CHUNK + 9) <= EXACT
+        assert one.error(20, 19, CHUNK + 9) <= EXACT
+
+
+@each_isa
+@pytest.mark.parametrize(("width", "value_width"), [(1, 1), (8, 80), (64, 64), (128, 128), (80, 16), (257, 144)])
+def test_heads_may_be_of_any_width(bench: type[Bench], isa: str, width: int, value_width: int) -> None:
+    for heads in (2, 8):
+        one = bench(Layer(heads, 2, width, value_width), isa)
+        assert one.error(1, 1, CHUNK + 40) <= EXACT
+        assert one.error(9, 9, CHUNK + 40) <= EXACT
+
+
+@each_isa
+@pytest.mark.parametrize("window", [1, 2, 17, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1, CONTEXT])
+def test_a_window_may_begin_and_end_anywhere(bench: type[Bench], isa: str, window: int) -> None:
+    one = bench(Layer(6, 2, window=window, temperature=Temperature(0.3, 50)), isa)
+    for position in BORDERS:
+        assert one.error(1, 1, position) <= EXACT, position
+    for position in (0, BLOCK - 5, CHUNK - 30, CONTEXT - 50):
+        assert one.error(50, 50, position) <= EXACT, position
+
+
+@each_isa
+@pytest.mark.parametrize("scale", [1e-6, 40.0, 3000.0])
+def test_scores_of_any_size_stay_finite(bench: type[Bench], isa: str, scale: float) -> None:
+    # At 3000 a score is of the order 1e5, where float32 knows it to 0.01: weights are only right to so much.
+    one = bench(Layer(scale=scale), isa, 2, "f32")
+    for tokens in (1, 30):
+        assert one.error(tokens, tokens, CHUNK + 50) <= max(EXACT, 5e-6 * scale)
+
+
+@each_isa
+@pytest.mark.parametrize(
+    "layer", [Layer(), Layer(5, 1, 64, 64), LATENT, Layer(8, 8, window=90)], ids=["grouped", "five", "latent", "window"]
+)
+def test_bits_depend_neither_on_threads_nor_on_how_a_prompt_is_cut(bench: type[Bench], isa: str, layer: Layer) -> None:
+    start, count = CHUNK - 20, 100
+    answers = []
+    for threads, step in ((1, count), (2, count), (3, 33), (5, 7), (2, 1)):
+        one = bench(layer, isa, threads)
+        one.fill(start)
+        capacity = max(step, 2)  # a step of one token decodes, and sums in another order
+        cuts = range(start, start + count, step)
+        pieces = [one.run(capacity, min(step, start + count - at), at) for at in cuts]
+        answers.append((np.concatenate(pieces), one.run(1, 1, start + count)))
+    for prompt, token in answers[1:]:
+        assert np.array_equal(prompt, answers[0][0])
+        assert np.array_equal(token, answers[0][1])
+
+
+@each_isa
+def test_a_plan_runs_again_and_again(bench: type[Bench], isa: str) -> None:
+    one = bench(Layer(), isa, 3)
+    one.fill(500)
+    for capacity in (1, 40):
+        plan = one.device.compile(one.layer.program(capacity))
+        first = plan.run(ids(capacity, 500), 500)
+        assert all(np.array_equal(plan.run(ids(capacity, 500), 500), first) for _ in range(50))
