@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from localmoe.formats import Weight
@@ -12,9 +13,46 @@ from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
-from localmoe.model import DEFAULT_CONTEXT, Network
+from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
 
 Section = tuple[str, list[tuple[str, str]]]
+
+# Measured with bench/memory.py (CPython 3.12, x86-64): a chat at a terminal whose kernels need no compiling.
+PYTHON_NBYTES = 45_000_000  # the interpreter, numpy, llvmlite with the kernels, rich, prompt_toolkit, jinja2
+# Of the header's lists and the tokenizer made from them: 246 to 309 in 15 vocabularies of bytes, 444 to 674 in 3 others
+NBYTES_PER_TOKEN_OR_MERGE, NBYTES_PER_SCORED_TOKEN = 275, 640
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Bytes that a chat on the cpu takes beside the weights once its context is full; pages of files are not among
+    them."""
+
+    cache: int  # f16, rows padded as the device pads them
+    working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
+    vocabulary: int
+    python: int = PYTHON_NBYTES
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache + self.working + self.vocabulary + self.python
+
+    @property
+    def parts(self) -> str:
+        """What it is made of, in words."""
+        cache, working, vocabulary, python = map(
+            readable_size, (self.cache, self.working, self.vocabulary, self.python)
+        )
+        return f"KV cache {cache}, working memory {working}, vocabulary {vocabulary}, Python and libraries {python}"
+
+
+def needed(network: Network, context: int) -> Needed:
+    """What a chat with a context of so many tokens needs; reads no weight and compiles nothing."""
+    from localmoe.kernels.cpu.device import CpuDevice
+
+    programs = [network.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
+    cache, working = CpuDevice.needed_nbytes(programs, context, "f16")
+    return Needed(cache, working, _vocabulary_nbytes(network))
 
 
 def report(path: str | Path, context: int | None = None) -> list[Section]:
@@ -92,13 +130,14 @@ def _memory(network: Network, program: Program, routed: list[Op], context: int) 
     experts = sum(w.nbytes for op in routed for w in op.weights)
     weights = sum(w.nbytes for w in network.source.tensors.values())
     per_token = 2 * program.cache_elements()  # f16
-    needed, free = weights + context * per_token, available_nbytes()
-    if needed <= free:
-        verdict = f"yes: {readable_size(needed)} of {readable_size(free)} free"
-    elif needed <= total_nbytes():
-        verdict = f"only when other programs end: {readable_size(needed)} needed, {readable_size(free)} free"
+    beside = needed(network, context)
+    whole, free = weights + beside.nbytes, available_nbytes()
+    if whole <= free:
+        verdict = f"yes: {readable_size(whole)} of {readable_size(free)} free"
+    elif whole <= total_nbytes():
+        verdict = f"only when other programs end: {readable_size(whole)} needed, {readable_size(free)} free"
     else:
-        sizes = f"{readable_size(needed)} needed, {readable_size(total_nbytes())} in all"
+        sizes = f"{readable_size(whole)} needed, {readable_size(total_nbytes())} in all"
         verdict = f"no: {sizes}; weights are read from disk again and again"
     return [
         ("dense weights", readable_size(weights - experts)),
@@ -106,8 +145,17 @@ def _memory(network: Network, program: Program, routed: list[Op], context: int) 
         ("read for one token", readable_size(program.weight_nbytes(1))),
         ("KV cache per token (f16)", readable_size(per_token)),
         (f"KV cache at {context:,} tokens", readable_size(context * per_token)),
+        ("needed beside the weights", f"{readable_size(beside.nbytes)} at {context:,} tokens: {beside.parts}"),
         ("fits this machine", verdict),
     ]
+
+
+def _vocabulary_nbytes(network: Network) -> int:
+    metadata, tokens = network.source.metadata, int(network.config.vocabulary)
+    if metadata.get("tokenizer.ggml.model") == "llama":  # its merges are made from scores
+        return NBYTES_PER_SCORED_TOKEN * tokens
+    merges = metadata.get("tokenizer.ggml.merges")
+    return NBYTES_PER_TOKEN_OR_MERGE * (tokens + (len(merges) if isinstance(merges, list) else tokens))
 
 
 def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -8,7 +8,13 @@ import pytest
 from tiny_models import deepseek2, qwen3moe
 
 import localmoe.inspection
-from localmoe.inspection import program_table, report
+import localmoe.kernels.reference
+from localmoe.inspection import PYTHON_NBYTES, Needed, needed, program_table, report
+from localmoe.kernels.cpu.device import CpuDevice
+from localmoe.kernels.cpu.lower import Lowering
+from localmoe.loader.locate import open_source
+from localmoe.memory import readable_size
+from localmoe.model import Network
 
 # qwen3moe of tiny_models, elements: embedding and output 260 × 64 each; a block has q and output 64 × 64, k and v
 # 32 × 64, norms 64, 64, 16 and 16, a router 6 × 64, and 6 experts of 3 × 32 × 64; one last norm of 64.
@@ -91,17 +97,60 @@ def test_the_model_is_named_with_its_sizes(grouped: Path) -> None:
 @pytest.mark.parametrize(
     ("free", "whole", "verdict"),
     [
-        (10**6, 10**7, "yes: 221 kB of 1 MB free"),
-        (10**5, 10**6, "only when other programs end: 221 kB needed, 100 kB free"),
-        (10**5, 2 * 10**5, "no: 221 kB needed, 200 kB in all; weights are read from disk again and again"),
+        (10**6, 10**7, "yes: 254 kB of 1 MB free"),
+        (10**5, 10**6, "only when other programs end: 254 kB needed, 100 kB free"),
+        (10**5, 2 * 10**5, "no: 254 kB needed, 200 kB in all; weights are read from disk again and again"),
     ],
 )
-def test_it_says_whether_weights_and_cache_fit(
+def test_it_says_whether_weights_and_all_beside_them_fit(
     grouped: Path, monkeypatch: pytest.MonkeyPatch, free: int, whole: int, verdict: str
 ) -> None:
     monkeypatch.setattr(localmoe.inspection, "available_nbytes", lambda: free)
     monkeypatch.setattr(localmoe.inspection, "total_nbytes", lambda: whole)
-    assert sections(grouped)["memory"]["fits this machine"] == verdict  # 144,416 of weights and 76,800 of cache
+    monkeypatch.setattr(localmoe.inspection, "needed", lambda network, context: Needed(76_800, 30_000, 2_000, 1_000))
+    assert sections(grouped)["memory"]["fits this machine"] == verdict  # 144,416 of weights and 109,800 beside them
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("family", ["grouped", "latent"])
+def test_the_cpu_needs_what_it_says_before_it_lowers(family: str, threads: int, request: pytest.FixtureRequest) -> None:
+    network = Network(open_source(request.getfixturevalue(family)))
+    programs = [network.program(1), network.program(40)]
+    device = CpuDevice(300, "f16", threads)
+    lowerings = [Lowering(device, program) for program in programs]
+    for lowering in lowerings:
+        lowering.run()
+    cache = sum(array.nbytes for layer in programs[0].cache for array in device.cache(layer) if array is not None)
+    tables = {id(t): t for p in programs for op in p.ops if op.name == "rope" for t in [op.attributes["table"]]}
+    working = sum(device.rope_table(table).nbytes for table in tables.values())
+    working += sum(lowering.arena.size + sum(kept.nbytes for kept in lowering.kept) for lowering in lowerings)
+    assert tables
+    assert CpuDevice.needed_nbytes(programs, 300, "f16", threads) == (cache, working)
+
+
+def test_rows_of_the_cache_count_as_the_device_pads_them(grouped: Path, latent: Path) -> None:
+    assert needed(Network(open_source(grouped)), 300).cache == 300 * 2 * 2 * 2 * (16 + 16)
+    assert needed(Network(open_source(latent)), 300).cache == 300 * 2 * 2 * 48  # 32 + 8, padded to whole vectors
+
+
+def test_all_that_is_needed_is_listed_with_its_sum(grouped: Path) -> None:
+    found = needed(Network(open_source(grouped)), 300)
+    assert (found.vocabulary, found.python) == (275 * (260 + 1), PYTHON_NBYTES)  # tokens and a merge
+    assert found.nbytes == 76_800 + found.working + found.vocabulary + PYTHON_NBYTES
+    assert sections(grouped, 300)["memory"]["needed beside the weights"] == (
+        f"{readable_size(found.nbytes)} at 300 tokens: KV cache 76.8 kB, "
+        f"working memory {readable_size(found.working)}, vocabulary 71.8 kB, Python and libraries 45 MB"
+    )
+
+
+def test_nothing_is_read_or_allocated_to_know_what_is_needed(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localmoe.kernels.reference, "dequantise", None)
+    assert needed(Network(open_source(grouped)), 10**9).cache == 256 * 10**9
+
+
+def test_a_short_context_needs_no_buffers_for_a_whole_chunk(grouped: Path) -> None:
+    network = Network(open_source(grouped))
+    assert needed(network, 16).working < needed(network, 512).working / 4
 
 
 def test_the_program_table_adds_up(grouped: Path) -> None:

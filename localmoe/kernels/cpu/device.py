@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import SettingError
+from localmoe.formats import Weight
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
@@ -52,6 +53,31 @@ class CpuDevice:
         self.kernels.prepare(("run_tape", *names), self._report)
         return [CpuPlan(self, program, lowering) for program, lowering in zip(programs, lowerings, strict=True)]
 
+    @classmethod
+    def needed_nbytes(
+        cls, programs: Sequence[Program], context: int, kv_format: str, threads: int | None = None
+    ) -> tuple[int, int]:
+        """(bytes of the KV cache, bytes of all else) that the Plans of `programs` take beside the weights.
+
+        They are lowered over arrays that have a shape and hardly any memory: no weight is read, no kernel compiled.
+        """
+        device = cls(context, kv_format, threads)
+        zero, angle = np.zeros(1, device.kv_type), np.zeros(1, np.float32)
+        for layer in programs[0].cache:
+            widths = [padded(width) for width in (layer.key_width, layer.value_width) if width is not None]
+            arrays = [np.broadcast_to(zero, (layer.heads, context, width)) for width in widths]
+            device._caches[layer.index] = (arrays[0], arrays[1] if len(arrays) > 1 else None)
+        for table in (op.attributes["table"] for program in programs for op in program.ops if op.name == "rope"):
+            shape = (context, table.inverse_frequencies.size, 2)
+            device._tables[id(table)] = (table, np.broadcast_to(angle, shape))
+        cache = sum(array.nbytes for pair in device._caches.values() for array in pair if array is not None)
+        working = sum(angles.nbytes for _, angles in device._tables.values())
+        for program in programs:
+            lowering = UnreadLowering(device, program)
+            lowering.run()
+            working += lowering.arena.size + sum(array.nbytes for array in lowering.kept)
+        return cache, working
+
     def threads_run(self, tape: npt.NDArray[np.int64]) -> None:
         """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
         if self.team is None:
@@ -88,6 +114,20 @@ class CpuDevice:
     def _report(self, done: int, total: int, name: str) -> None:
         if self.progress:
             self.progress("compiling kernels (first start only)", done, total)
+
+
+class UnreadLowering(Lowering):
+    """A Lowering for the sake of its sizes: nothing of a weight is read, and its addresses are 0."""
+
+    def floats(self, weight: Weight) -> int:
+        self.kept.append(np.zeros(weight.elements, np.float32))
+        return 0
+
+    def address(self, weight: Weight, matrix: int = 0) -> int:
+        return 0
+
+    def addresses(self, weight: Weight) -> int:
+        return self.table([0] * len(weight.slabs))
 
 
 class CpuPlan:
