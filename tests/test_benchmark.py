@@ -189,8 +189,9 @@ def test_the_cache_is_filled_to_a_depth_once_and_stays_filled(file: Path, monkey
     for _ in range(2):
         for test in asked.tests:
             subject.tokens_per_second(test)
-    once = [(6, 0), (1, 0), (1, 1), (6, 40), (1, 40), (1, 41)]
-    assert steps == [*once[:3], (34, 6), *once[3:], *once]
+    shallow = [(1, 0), (6, 0), (1, 0), (1, 0), (1, 1)]  # each run is behind one token that warms the caches up
+    deep = [(1, 40), (6, 40), (1, 40), (1, 40), (1, 41)]
+    assert steps == [*shallow, (34, 6), *deep, *shallow, *deep]
     assert subject.model.cached == subject.ids[:46]
     subject.model.close()
 
