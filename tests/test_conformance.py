@@ -29,8 +29,9 @@ def divergence(expected: np.ndarray, found: np.ndarray) -> float:
 def test_the_bundled_model_reads_a_long_text_alike_on_both_devices(
     conformance: Path, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scoring never quantises activations: with a float32 cache the devices differ by rounding alone. A float16 cache
-    moves a logit by some per cent where a router's near tie falls the other way; the mean divergence bounds that."""
+    """Where rows meet integer GEMMs, 8-bit activations cost 4e-4 nats here (llama.cpp: 5e-4 on another text,
+    `bench/quality.py`). On the portable kernels they stay floats: with a float32 cache the devices differ by rounding
+    alone, and a float16 cache moves a logit by some per cent where a router's near tie falls the other way."""
     monkeypatch.setenv("LOCALMOE_ISA", isa)
     text = (conformance / "corpora" / "wizard-of-oz.txt").read_text(encoding="utf-8")[2000:5000]
     cpu = localmoe.load(bundled(), context=1024)
@@ -38,6 +39,10 @@ def test_the_bundled_model_reads_a_long_text_alike_on_both_devices(
     found = cpu.logits(ids)
     cpu.close()
     expected = localmoe.load(bundled(), device="reference", context=1024, kv_format="f32").logits(ids)
+    if isa != "portable":
+        assert divergence(expected, found) < 8e-4
+        assert np.mean(expected.argmax(axis=1) == found.argmax(axis=1)) >= 0.97
+        return
     assert divergence(expected, found) < 1e-4
     exact = localmoe.load(bundled(), context=1024, kv_format="f32")
     assert np.abs(exact.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
