@@ -94,9 +94,8 @@ class Model:
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
-        sizes = sorted(
-            {1, self.chunk}
-        )  # compiled now, under the progress bar, and not when the first answer is awaited
+        # Compiled now, under the progress bar, and not when the first answer is awaited.
+        sizes = sorted({1, self.chunk})
         plans = self.device.compile_all([self.network.program(tokens) for tokens in sizes])
         self._plans: dict[tuple[int, bool], Plan] = {(n, False): plan for n, plan in zip(sizes, plans, strict=True)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,53 @@ def six_bit_scales(v: Any) -> Any:
         return v.convert(v.i16x8, v.bits(v.u8x8, scales)), v.convert(v.i16x8, v.bits(v.u8x8, minima))
 
     return v.function(unpack)
+
+
+def nibbles(v: Any) -> Any:
+    """(address of 16 bytes) -> u8x32: their low halves, then their high halves."""
+    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
+
+    def halves(p):
+        packed = v.load(v.u16x8, p)
+        return v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
+
+    return v.function(halves)
+
+
+def eight(part: Callable[[Any, int], Any]) -> Callable[[Any], list[Any]]:
+    """`part(v, j)` as a function of `v`: eight readers (address of a block of 256) -> 32 quants from 32 j on, u8x32."""
+    return lambda v: [v.function(part(v, j)) for j in range(8)]
+
+
+@eight
+def q4_k_quants(v: Any, j: int) -> Any:
+    place, shift = 16 + 32 * (j // 2), 4 * (j % 2)
+    return lambda p: v.bits(v.u8x32, (v.load(v.u16x16, p + place) >> shift) & 0x0F0F)
+
+
+@eight
+def q5_k_quants(v: Any, j: int) -> Any:
+    place, shift = 48 + 32 * (j // 2), 4 * (j % 2)
+
+    def quants(p):
+        fifth = ((v.load(v.u16x16, p + 16) >> j) & 0x0101) << 4
+        return v.bits(v.u8x32, ((v.load(v.u16x16, p + place) >> shift) & 0x0F0F) | fifth)
+
+    return quants
+
+
+@eight
+def q6_k_quants(v: Any, j: int) -> Any:
+    """Low nibbles [128], two high bits [64]; stored with 32 added."""
+    half, quarter = divmod(j, 4)
+    ql, qh, shift = 64 * half + 32 * (quarter % 2), 128 + 32 * half, 4 * (quarter // 2)
+    up, down = max(4 - 2 * quarter, 0), max(2 * quarter - 4, 0)
+
+    def quants(p):
+        two = ((v.load(v.u16x16, p + qh) >> down) << up) & 0x3030
+        return v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two)
+
+    return quants
 
 
 def iq4_values() -> list[int]:

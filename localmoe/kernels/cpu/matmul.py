@@ -22,7 +22,7 @@ from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
     matmul_k,
     matmul_k_avx512,
 )
-from localmoe.kernels.cpu.blocks import E2M1, PREFETCH, iq4_values
+from localmoe.kernels.cpu.blocks import E2M1, PREFETCH, iq4_values, nibbles
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.dequantise import BLOCKS, Block
 
@@ -172,23 +172,12 @@ def _half_scale(v: Any) -> Any:
     return v.function(scale)
 
 
-def _nibbles(v: Any) -> Any:
-    """(address of 16 bytes) -> u8x32: low nibbles, then high ones."""
-    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
-
-    def nibbles(p):
-        packed = v.load(v.u16x8, p)
-        return v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
-
-    return v.function(nibbles)
-
-
 def _five_bits(v: Any) -> Any:
     """(address of 32 fifth bits, then 16 bytes of nibbles) -> u8x32"""
-    nibbles = _nibbles(v)
+    halves = nibbles(v)
 
     def quants(p):
-        return nibbles(p + 4) | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
+        return halves(p + 4) | (v.marked(v.u8x32, v.load(v.int32, p)) & 16)
 
     return v.function(quants)
 
@@ -214,7 +203,7 @@ def _offset_gemv(v: Any, nbytes: int, quants: Any, offset: int) -> Callable[...,
 
 @kernel("gemv_q4_0", arguments=7)
 def gemv_q4_0(v: Any) -> Callable[..., None]:
-    return _offset_gemv(v, 18, _nibbles(v), 8)
+    return _offset_gemv(v, 18, nibbles(v), 8)
 
 
 @kernel("gemv_q5_0", arguments=7)
@@ -224,10 +213,10 @@ def gemv_q5_0(v: Any) -> Callable[..., None]:
 
 @kernel("gemv_q4_1", arguments=7)
 def gemv_q4_1(v: Any) -> Callable[..., None]:
-    nibbles = _nibbles(v)
+    halves = nibbles(v)
 
     def quants(p):
-        return nibbles(p + 4)
+        return halves(p + 4)
 
     return _block32_minimum_gemv(v, 20, v.function(quants))
 
@@ -244,10 +233,10 @@ def gemv_q5_1(v: Any) -> Callable[..., None]:
 
 def _table_gemv(v: Any, nbytes: int, scale: Any, place: int, values: list[int]) -> Callable[..., None]:
     """Blocks whose nibbles, at `place`, stand for 16 small values."""
-    table, nibbles = v.constants(v.i8x32, values * 2), _nibbles(v)
+    table, halves = v.constants(v.i8x32, values * 2), nibbles(v)
 
     def dot(p, x):
-        return v.dot(v.zero(v.i32x8), v.look_up(table(), nibbles(p + place)), v.load(v.i8x32, x))
+        return v.dot(v.zero(v.i32x8), v.look_up(table(), halves(p + place)), v.load(v.i8x32, x))
 
     return _block32_gemv(v, nbytes, scale, v.function(dot))
 

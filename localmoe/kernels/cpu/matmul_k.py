@@ -8,15 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.kernels.cpu.blocks import PREFETCH, iq4_values, six_bit_scales
+from localmoe.kernels.cpu.blocks import (
+    PREFETCH,
+    iq4_values,
+    nibbles,
+    q4_k_quants,
+    q5_k_quants,
+    q6_k_quants,
+    six_bit_scales,
+)
 from localmoe.kernels.cpu.build import kernel
 
 
-def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
-    """Q4_K and Q5_K: float16 d and dmin, six-bit scales and minima of 8 x 32, then 32 quants by `load[j](block)`."""
-    unpack = six_bit_scales(v)
+def _scaled_sums(v: Any, load: Any, scale: list[Any]) -> Any:
+    """(block, activations, scales) -> i32x8 sums of scale · quant · activation over 256: `load[j]` brings 32 quants,
+    `scale[j]` spreads their scales."""
     q0, q1, q2, q3, q4, q5, q6, q7 = load
-    s0, s1, s2, s3, s4, s5, s6, s7 = (v.shuffle([j] * 16) for j in range(8))
+    s0, s1, s2, s3, s4, s5, s6, s7 = scale
 
     def sums_of(p, x, s):
         a = v.word_pairs(v.byte_pairs(q0(p), v.load(v.i8x32, x)), s0(s, s))
@@ -29,7 +37,13 @@ def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
         b = v.dot_words(b, v.byte_pairs(q7(p), v.load(v.i8x32, x + 224)), s7(s, s))
         return a + b
 
-    sums_of = v.function(sums_of)
+    return v.function(sums_of)
+
+
+def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
+    """Q4_K and Q5_K: float16 d and dmin, six-bit scales and minima of 8 x 32, then 32 quants by `load[j](block)`."""
+    unpack = six_bit_scales(v)
+    sums_of = _scaled_sums(v, load, [v.shuffle([j] * 16) for j in range(8)])
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
         sums32 = activations + columns
@@ -55,49 +69,18 @@ def _k_gemv(v: Any, nbytes: int, load: Any) -> Callable[..., None]:
 
 @kernel("gemv_q4_k", arguments=7)
 def gemv_q4_k(v: Any) -> Callable[..., None]:
-    def quants(j):
-        place, shift = 16 + 32 * (j // 2), 4 * (j % 2)
-
-        def load(p):
-            return v.bits(v.u8x32, (v.load(v.u16x16, p + place) >> shift) & 0x0F0F)
-
-        return v.function(load)
-
-    return _k_gemv(v, 144, [quants(j) for j in range(8)])
+    return _k_gemv(v, 144, q4_k_quants(v))
 
 
 @kernel("gemv_q5_k", arguments=7)
 def gemv_q5_k(v: Any) -> Callable[..., None]:
-    def quants(j):
-        place, shift = 48 + 32 * (j // 2), 4 * (j % 2)
-
-        def load(p):
-            fifth = ((v.load(v.u16x16, p + 16) >> j) & 0x0101) << 4
-            return v.bits(v.u8x32, ((v.load(v.u16x16, p + place) >> shift) & 0x0F0F) | fifth)
-
-        return v.function(load)
-
-    return _k_gemv(v, 176, [quants(j) for j in range(8)])
+    return _k_gemv(v, 176, q5_k_quants(v))
 
 
 def _sixteens_gemv(v: Any, nbytes: int, load: Any, scales: Any) -> Callable[..., None]:
     """Blocks of 16 x 16 quants. `load[j](block)` brings 32 of them, u8x32; `scales(block)` brings two i16x16 and their
     factors: scales, and what is taken from each quant after multiplication."""
-    q0, q1, q2, q3, q4, q5, q6, q7 = load
-    s0, s1, s2, s3, s4, s5, s6, s7 = (v.shuffle([2 * j] * 8 + [2 * j + 1] * 8) for j in range(8))
-
-    def sums_of(p, x, s):
-        a = v.word_pairs(v.byte_pairs(q0(p), v.load(v.i8x32, x)), s0(s, s))
-        b = v.word_pairs(v.byte_pairs(q1(p), v.load(v.i8x32, x + 32)), s1(s, s))
-        a = v.dot_words(a, v.byte_pairs(q2(p), v.load(v.i8x32, x + 64)), s2(s, s))
-        b = v.dot_words(b, v.byte_pairs(q3(p), v.load(v.i8x32, x + 96)), s3(s, s))
-        a = v.dot_words(a, v.byte_pairs(q4(p), v.load(v.i8x32, x + 128)), s4(s, s))
-        b = v.dot_words(b, v.byte_pairs(q5(p), v.load(v.i8x32, x + 160)), s5(s, s))
-        a = v.dot_words(a, v.byte_pairs(q6(p), v.load(v.i8x32, x + 192)), s6(s, s))
-        b = v.dot_words(b, v.byte_pairs(q7(p), v.load(v.i8x32, x + 224)), s7(s, s))
-        return a + b
-
-    sums_of = v.function(sums_of)
+    sums_of = _scaled_sums(v, load, [v.shuffle([2 * j] * 8 + [2 * j + 1] * 8) for j in range(8)])
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
         sums16 = activations + columns + (columns >> 4)
@@ -171,29 +154,17 @@ def gemv_q3_k(v: Any) -> Callable[..., None]:
 def gemv_q6_k(v: Any) -> Callable[..., None]:
     """Low nibbles [128], two high bits [64], int8 scales [16], float16 d; quants are stored with 32 added."""
 
-    def quants(j):
-        half, part = divmod(j, 4)
-        ql, qh, shift = 64 * half + 32 * (part % 2), 128 + 32 * half, 4 * (part // 2)
-        up, down = max(4 - 2 * part, 0), max(2 * part - 4, 0)
-
-        def load(p):
-            two = ((v.load(v.u16x16, p + qh) >> down) << up) & 0x3030
-            return v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two)
-
-        return v.function(load)
-
     def scales(p):
         each, d = v.convert(v.i16x16, v.load(v.i8x16, p + 192)), v.load_half(v.float32, p + 208)
         return each, each, d, d * np.float32(32)
 
-    return _sixteens_gemv(v, 210, [quants(j) for j in range(8)], v.function(scales))
+    return _sixteens_gemv(v, 210, q6_k_quants(v), v.function(scales))
 
 
 @kernel("gemv_iq4_xs", arguments=7)
 def gemv_iq4_xs(v: Any) -> Callable[..., None]:
     """Float16 d, two high scale bits u16, low scale nibbles [4], nibbles [8 x 16]; scales are stored with 32 added."""
-    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
-    table = v.constants(v.i8x32, iq4_values() * 2)
+    halves, table = nibbles(v), v.constants(v.i8x32, iq4_values() * 2)
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
         sizes = activations + columns + (columns >> 4) + (columns >> 3)
@@ -207,9 +178,8 @@ def gemv_iq4_xs(v: Any) -> Callable[..., None]:
                 d = v.load_half(v.float32, p) * v.load(v.float32, sizes + block * 4)
                 high, low = v.load(v.uint16, p + 2), v.load(v.uint32, p + 4)
                 for j in range(8):
-                    packed = v.load(v.u16x8, p + 8 + 16 * j)
-                    nibbles = v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
-                    products = v.dot(v.zero(v.i32x8), v.look_up(table(), nibbles), v.load(v.i8x32, x + 32 * j))
+                    values = v.look_up(table(), halves(p + 8 + 16 * j))
+                    products = v.dot(v.zero(v.i32x8), values, v.load(v.i8x32, x + 32 * j))
                     scale = (((low >> (4 * j)) & 15) | (((high >> (2 * j)) & 3) << 4)) - 32
                     size = v.splat(v.f32x8, d * np.float32(scale))
                     total, other = v.fma(v.convert(v.f32x8, products), size, other), total

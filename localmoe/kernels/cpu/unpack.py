@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import FORMATS
-from localmoe.kernels.cpu.blocks import E2M1, iq4_values, six_bit_scales
+from localmoe.kernels.cpu.blocks import E2M1, iq4_values, nibbles, q4_k_quants, q5_k_quants, q6_k_quants, six_bit_scales
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.isa import Isa
 
@@ -76,17 +76,6 @@ def unpacks(name: str, form: str, group: int, minima: bool = False) -> Callable[
     return register
 
 
-def _nibbles(v: Any) -> Any:
-    """(address of 16 bytes) -> u8x32: their low halves, then their high halves."""
-    twice, shifts = v.shuffle([*range(8)] * 2), v.constants(v.u16x16, [0] * 8 + [4] * 8)
-
-    def nibbles(p):
-        packed = v.load(v.u16x8, p)
-        return v.bits(v.u8x32, (twice(packed, packed) >> shifts()) & 0x0F0F)
-
-    return v.function(nibbles)
-
-
 @unpacks("Q8_0", "q8_32", 32)
 def q8_0(v: Any) -> Any:
     turn = 0 if signed("Q8_0", v.isa) else 128
@@ -100,10 +89,10 @@ def q8_0(v: Any) -> Any:
 
 @unpacks("Q4_0", "q8_32", 32)
 def q4_0(v: Any) -> Any:
-    nibbles, shift = _nibbles(v), offset(v.isa) - 8
+    halves, shift = nibbles(v), offset(v.isa) - 8
 
     def block(p, quants, scales, lows):
-        v.store(quants, nibbles(p + 2) + shift)
+        v.store(quants, halves(p + 2) + shift)
         v.store(scales, v.load_half(v.float32, p))
 
     return block
@@ -111,10 +100,10 @@ def q4_0(v: Any) -> Any:
 
 @unpacks("Q4_1", "q8_32", 32, minima=True)
 def q4_1(v: Any) -> Any:
-    nibbles = _nibbles(v)
+    halves = nibbles(v)
 
     def block(p, quants, scales, lows):
-        v.store(quants, nibbles(p + 4))
+        v.store(quants, halves(p + 4))
         v.store(scales, v.load_half(v.float32, p))
         v.store(lows, v.load_half(v.float32, p + 2))
 
@@ -123,11 +112,11 @@ def q4_1(v: Any) -> Any:
 
 @unpacks("Q5_0", "q8_32", 32)
 def q5_0(v: Any) -> Any:
-    nibbles, shift = _nibbles(v), offset(v.isa) - 16
+    halves, shift = nibbles(v), offset(v.isa) - 16
 
     def block(p, quants, scales, lows):
         fifths = v.marked(v.u8x32, v.load(v.int32, p + 2)) & 16
-        v.store(quants, (nibbles(p + 6) | fifths) + shift)
+        v.store(quants, (halves(p + 6) | fifths) + shift)
         v.store(scales, v.load_half(v.float32, p))
 
     return block
@@ -135,92 +124,64 @@ def q5_0(v: Any) -> Any:
 
 @unpacks("Q5_1", "q8_32", 32, minima=True)
 def q5_1(v: Any) -> Any:
-    nibbles = _nibbles(v)
+    halves = nibbles(v)
 
     def block(p, quants, scales, lows):
-        v.store(quants, nibbles(p + 8) | (v.marked(v.u8x32, v.load(v.int32, p + 4)) & 16))
+        v.store(quants, halves(p + 8) | (v.marked(v.u8x32, v.load(v.int32, p + 4)) & 16))
         v.store(scales, v.load_half(v.float32, p))
         v.store(lows, v.load_half(v.float32, p + 2))
 
     return block
 
 
-def _k_block(v: Any, part: Any) -> Any:
-    """Q4_K and Q5_K: 32 quants by `part[j](block)`."""
-    unpack = six_bit_scales(v)
-    q0, q1, q2, q3, q4, q5, q6, q7 = part
+def _store_eight(v: Any, readers: list[Any], added: int = 0) -> Any:
+    """(block, quants): 256 quants, `readers[j]` bringing 32 of them."""
+    q0, q1, q2, q3, q4, q5, q6, q7 = readers
+
+    def store(p, quants):
+        v.store(quants, q0(p) + added)
+        v.store(quants + 32, q1(p) + added)
+        v.store(quants + 64, q2(p) + added)
+        v.store(quants + 96, q3(p) + added)
+        v.store(quants + 128, q4(p) + added)
+        v.store(quants + 160, q5(p) + added)
+        v.store(quants + 192, q6(p) + added)
+        v.store(quants + 224, q7(p) + added)
+
+    return v.function(store)
+
+
+def _k_block(v: Any, readers: list[Any]) -> Any:
+    """Q4_K and Q5_K."""
+    unpack, store = six_bit_scales(v), _store_eight(v, readers)
 
     def block(p, quants, scales, lows):
         six, minima = unpack(p + 4)
         v.store(scales, v.convert(v.f32x8, six) * v.load_half(v.float32, p))
         v.store(lows, minima)
         v.store(lows + 16, -v.load_half(v.float32, p + 2))
-        v.store(quants, q0(p))
-        v.store(quants + 32, q1(p))
-        v.store(quants + 64, q2(p))
-        v.store(quants + 96, q3(p))
-        v.store(quants + 128, q4(p))
-        v.store(quants + 160, q5(p))
-        v.store(quants + 192, q6(p))
-        v.store(quants + 224, q7(p))
+        store(p, quants)
 
     return block
 
 
 @unpacks("Q4_K", "q8_256", 32, minima=True)
 def q4_k(v: Any) -> Any:
-    def part(j):
-        place, shift = 16 + 32 * (j // 2), 4 * (j % 2)
-
-        def load(p):
-            return v.bits(v.u8x32, (v.load(v.u16x16, p + place) >> shift) & 0x0F0F)
-
-        return v.function(load)
-
-    return _k_block(v, [part(j) for j in range(8)])
+    return _k_block(v, q4_k_quants(v))
 
 
 @unpacks("Q5_K", "q8_256", 32, minima=True)
 def q5_k(v: Any) -> Any:
-    def part(j):
-        place, shift = 48 + 32 * (j // 2), 4 * (j % 2)
-
-        def load(p):
-            fifth = ((v.load(v.u16x16, p + 16) >> j) & 0x0101) << 4
-            return v.bits(v.u8x32, ((v.load(v.u16x16, p + place) >> shift) & 0x0F0F) | fifth)
-
-        return v.function(load)
-
-    return _k_block(v, [part(j) for j in range(8)])
+    return _k_block(v, q5_k_quants(v))
 
 
 @unpacks("Q6_K", "q8_256", 16)
 def q6_k(v: Any) -> Any:
-    added = offset(v.isa) - 32
-
-    def part(j):
-        half, quarter = divmod(j, 4)
-        ql, qh, shift = 64 * half + 32 * (quarter % 2), 128 + 32 * half, 4 * (quarter // 2)
-        up, down = max(4 - 2 * quarter, 0), max(2 * quarter - 4, 0)
-
-        def load(p):
-            two = ((v.load(v.u16x16, p + qh) >> down) << up) & 0x3030
-            return v.bits(v.u8x32, ((v.load(v.u16x16, p + ql) >> shift) & 0x0F0F) | two) + added
-
-        return v.function(load)
-
-    q0, q1, q2, q3, q4, q5, q6, q7 = (part(j) for j in range(8))
+    store = _store_eight(v, q6_k_quants(v), offset(v.isa) - 32)
 
     def block(p, quants, scales, lows):
         v.store(scales, v.convert(v.f32x16, v.load(v.i8x16, p + 192)) * v.load_half(v.float32, p + 208))
-        v.store(quants, q0(p))
-        v.store(quants + 32, q1(p))
-        v.store(quants + 64, q2(p))
-        v.store(quants + 96, q3(p))
-        v.store(quants + 128, q4(p))
-        v.store(quants + 160, q5(p))
-        v.store(quants + 192, q6(p))
-        v.store(quants + 224, q7(p))
+        store(p, quants)
 
     return block
 
@@ -262,11 +223,11 @@ def q3_k(v: Any) -> Any:
 
 def _table(v: Any, name: str, values: list[int]) -> Any:
     """(address of 16 bytes) -> u8x32: what their nibbles stand for, as the products want it."""
-    nibbles, added = _nibbles(v), 0 if signed(name, v.isa) else offset(v.isa)
+    halves, added = nibbles(v), 0 if signed(name, v.isa) else offset(v.isa)
     table = v.constants(v.i8x32, [(value + added + 128) % 256 - 128 for value in values] * 2)
 
     def quants(p):
-        return v.bits(v.u8x32, v.look_up(table(), nibbles(p)))
+        return v.bits(v.u8x32, v.look_up(table(), halves(p)))
 
     return v.function(quants)
 
