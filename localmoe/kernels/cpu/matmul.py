@@ -25,6 +25,7 @@ from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
 from localmoe.kernels.cpu.blocks import E2M1, PREFETCH, iq4_values, nibbles
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.dequantise import BLOCKS, Block
+from localmoe.kernels.cpu.rows import stream
 
 FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -52,9 +53,6 @@ FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
-# Into the second level, as float activations fill half of the first; two rows at once (fewer loads) were slower.
-_FLOATS_AHEAD = 1024
-
 
 def gemv_kernel(format: Format) -> tuple[str, str]:
     """The kernel that multiplies rows of `format`, and the kind of activations it reads.
@@ -76,24 +74,25 @@ def dequantise_kernel(format: Format) -> str:
 
 
 def _float_gemv(v: Any, load: Any, nbytes: int) -> Callable[..., None]:
-    """Weights of `nbytes` each that `load(kind, address)` brings as float32; activations f32."""
+    """Weights of `nbytes` each that `load(kind, address)` brings as float32; activations f32.
+
+    One row at a time: two or four, which share the loads of activations, are slower (rows of 4 and 11 KB).
+    """
     lanes = v.lanes
+    first_lines, places, follow = stream(v)
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
         whole = columns - columns % lanes
-        fours = columns - columns % (4 * lanes)
+        fours, step_nbytes, end = columns - columns % (4 * lanes), 4 * lanes * nbytes, weights + row_stop * row_nbytes
+        first_lines(weights + row_start * row_nbytes, end, row_nbytes)
         for row in range(row_start, row_stop):
             w = weights + row * row_nbytes
+            far, near = places(w, end, row_nbytes)
             a, b, c, d = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32)
             for k in range(0, fours, 4 * lanes):
                 p = w + k * nbytes
                 x = activations + k * 4
-                v.prefetch_second(p + _FLOATS_AHEAD)
-                if 4 * lanes * nbytes > 64:
-                    v.prefetch_second(p + _FLOATS_AHEAD + 64)
-                if 4 * lanes * nbytes > 128:
-                    v.prefetch_second(p + _FLOATS_AHEAD + 128)
-                    v.prefetch_second(p + _FLOATS_AHEAD + 192)
+                follow(far, near, k * nbytes, k * nbytes + step_nbytes)
                 a = v.fma(load(v.f32, p), v.load(v.f32, x), a)
                 b = v.fma(load(v.f32, p + lanes * nbytes), v.load(v.f32, x + lanes * 4), b)
                 c = v.fma(load(v.f32, p + 2 * lanes * nbytes), v.load(v.f32, x + lanes * 8), c)

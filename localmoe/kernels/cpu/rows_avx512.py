@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_AHEAD = 8192  # bytes prefetched beyond the next four rows
+from localmoe.kernels.cpu.rows import stream
 
 
 def four_rows(
@@ -23,31 +23,27 @@ def four_rows(
     for 32 columns, where `elements` do not divide the columns. Rows behind the last are the last once more, so that a
     row's bits depend on no other row.
 
-    The four rows lie in one piece, and prefetched is what follows them, line after line. Measured: a distance of its
-    own for each row leaves the beginnings of three rows unfetched or runs at a half of the speed; the first level in
-    place of the second loses a quarter at rows of 2 KB and more, 2 KB in place of 8 another one at rows under 2 KB.
     With `near`, each row's lines come into the first level too, that many bytes ahead: Q8_0, which has instructions to
     spare, gains a tenth.
     """
     rest_nbytes, others, lines = step_nbytes * 32 // elements, rest is not None, 4 * step_nbytes & -64
     rest = rest or step
+    first_lines, places, follow = stream(v)
     q0, q1, q2, q3 = (v.shuffle([*range(4 * i, 4 * i + 4)]) for i in range(4))
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
         last, steps = row_stop - 1, columns // elements
-        distance = 4 * row_nbytes + _AHEAD
-        begin = weights + row_start * row_nbytes
-        for line in range(0, min(distance, (row_stop - row_start) * row_nbytes), 64):
-            v.prefetch_second(begin + line)
+        four, end = 4 * row_nbytes, weights + row_stop * row_nbytes
+        first_lines(weights + row_start * row_nbytes, end, four)
         for row in range(row_start, row_stop, 4):
             row1, row2, row3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
             p, q = weights + row * row_nbytes, weights + row1 * row_nbytes
             r, s = weights + row2 * row_nbytes, weights + row3 * row_nbytes
+            far, close = places(p, end, four)
             sums = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32)
             for i in range(steps):
                 o = i * step_nbytes
-                for line in range(i * lines, (i + 1) * lines, 64):
-                    v.prefetch_second(p + distance + line)
+                follow(far, close, i * lines, (i + 1) * lines)
                 if near:
                     for line in range(o + near, o + near + step_nbytes, 64):
                         v.prefetch(p + line)
@@ -55,8 +51,7 @@ def four_rows(
                         v.prefetch(r + line)
                         v.prefetch(s + line)
                 sums = step(p + o, q + o, r + o, s + o, activations, columns, i * elements, sums)
-            for line in range(steps * lines, 4 * row_nbytes, 64):
-                v.prefetch_second(p + distance + line)
+            follow(far, close, steps * lines, four)
             if others:
                 for first in range(steps * elements, columns, 32):
                     o = (first >> 5) * rest_nbytes

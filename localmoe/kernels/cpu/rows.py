@@ -1,0 +1,36 @@
+"""What is prefetched while rows of a matrix are read; knows no format and no instruction set.
+
+Rows that are read at once, one or four, lie in one piece, and prefetched is what follows them, line after line, up to
+the last row and not beyond. Measured on Zen 4: a distance of its own for each of four rows leaves the beginnings of
+three unfetched or runs at a half of the speed; the first level in place of the second loses a quarter at rows of 2 KB
+and more, 2 KB in place of 8 another one at rows under 2 KB. Where the threads together saturate memory, prefetches are
+dropped: the second one of each line, for which most are there already, takes Q6_K from 87 to 97 % of a plain read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAR, NEAR = 8192, 512  # bytes beyond the next rows at which a line is prefetched, and prefetched once more
+
+
+def stream(v: Any) -> tuple[Any, Any, Any]:
+    """Three kernel functions for rows up to the address `end`, of which `nbytes` are read at once.
+
+    `first(begin, end, nbytes)` prefetches what comes before the others begin; `places(p, end, nbytes)` -> (far, near)
+    while rows are read from p on; `follow(far, near, start, stop)` prefetches bytes `start` to `stop` of what follows.
+    """
+
+    def first(begin, end, nbytes):
+        for line in range(0, min(nbytes + FAR, end - begin), 64):
+            v.prefetch_second(begin + line)
+
+    def places(p, end, nbytes):
+        return min(p + nbytes + FAR, end - nbytes), min(p + nbytes + NEAR, end - nbytes)
+
+    def follow(far, near, start, stop):
+        for line in range(start, stop, 64):
+            v.prefetch_second(far + line)
+            v.prefetch_second(near + line)
+
+    return v.function(first), v.function(places), v.function(follow)
