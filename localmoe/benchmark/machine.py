@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from localmoe.kernels.cpu.cores import default_threads
+from localmoe.kernels.cpu.cores import physical_cores, slow_processors, usable_processors
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.memory import readable_size, total_nbytes
 
@@ -16,13 +16,20 @@ def description() -> dict[str, str]:
     return {
         "processor": processor(),
         "instruction set": host_isa().name,
-        "cores": f"{default_threads()} physical, {os.cpu_count()} logical",
+        "cores": cores(),
         "memory": readable_size(total_nbytes()),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "Python": platform.python_version(),
         "localmoe": own_version(),
         "load average": " ".join(f"{load:.2f}" for load in load_average()) or "unknown",
     }
+
+
+def cores() -> str:
+    """Those that this process may use, and how many of them are the slow ones of a hybrid processor."""
+    usable = usable_processors()
+    slow = physical_cores(slow_processors(usable))
+    return f"{physical_cores(usable)} physical{f' ({slow} slow)' if slow else ''}, {len(usable)} logical"
 
 
 def processor() -> str:
