@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.kernels.cpu import unpack_grids  # noqa: F401  (it registers kernels)
 from localmoe.kernels.cpu.activations import quantise_q8_32, quantise_q8_256
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.isa import Isa
