@@ -1,7 +1,7 @@
 """How near attention comes to the machine's limits: decode beside plain reads of memory, prefill beside multiply-adds.
 
     python bench/attention.py [--threads 2] [--rounds 5] [--shape dense1b olmoe mla] [--decode 2048 8192 32768]
-        [--prefill 0 2048 8192] [--kv f16]
+        [--prefill 0 2048 8192] [--kv f32|f16|q8_0]
 
 Decode takes as many layers as make 128 MB of cache, so that no layer is still in the processor's caches when its turn
 comes again; limits and attention are measured in turns, and medians count.
@@ -14,8 +14,10 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 
-from localmoe.formats import FORMATS, Bytes, Weight
+from localmoe.formats import FORMATS, KV_FORMATS, Bytes, Weight
 from localmoe.kernels.cpu.device import CpuDevice, CpuPlan
 from localmoe.kernels.cpu.limits import READ_NBYTES, Limits
 from localmoe.kernels.ops import Ops, trace
@@ -47,8 +49,10 @@ def planned(device: CpuDevice, shape: str, tokens: int, layers: int) -> CpuPlan:
     for layer in program.cache:
         for array in device.cache(layer):
             if array is not None:
-                block = np.random.default_rng(layer.index).standard_normal(1 << 16).astype(array.dtype)
-                array.reshape(-1)[:] = np.resize(block, array.size)
+                values = np.random.default_rng(layer.index).standard_normal(1 << 16).astype(np.float32)
+                array.reshape(-1)[:] = np.resize(
+                    quantize(values, GGMLQuantizationType(device.kv.id)).view(np.uint8), array.size
+                )
     return device.compile(program)
 
 
@@ -57,7 +61,7 @@ def measure(shape: str, tokens: int, depth: int, flags: argparse.Namespace, data
     heads, kv_heads, width, value_width = SHAPES[shape]
     device = CpuDevice(depth + tokens, flags.kv, flags.threads)
     seen = tokens * depth + tokens * (tokens + 1) // 2
-    row_nbytes = kv_heads * (width + value_width) * device.kv_type.itemsize
+    row_nbytes = device.kv.row_nbytes(kv_heads * (width + value_width))
     layers = max(1, CACHE_NBYTES // (seen * row_nbytes)) if tokens == 1 else 1
     plan = planned(device, shape, tokens, layers)
     plan.run(np.arange(tokens, dtype=np.int32) % 4, depth)
@@ -89,7 +93,7 @@ def main() -> None:
     parser.add_argument(
         "--prefill", nargs="*", type=int, default=[0, 2048, 8192], help="cached tokens before the chunk"
     )
-    parser.add_argument("--kv", default="f16", choices=["f16", "f32"])
+    parser.add_argument("--kv", default="f16", choices=list(KV_FORMATS))
     flags = parser.parse_args()
     data = np.ones(READ_NBYTES, np.uint8)
     for shape in flags.shape:

@@ -1,6 +1,6 @@
 """Memory: what a chat with a full context takes beside the pages of files, and what `localmoe inspect` predicts.
 
-    python bench/memory.py MODEL.gguf... [--context 1024] [--threads 2]
+    python bench/memory.py MODEL.gguf... [--context 1024] [--threads 2] [--kv f16]
 
 A chat at a terminal of its own gets a system prompt that fills the context but for some tokens, then a short message,
 and answers until the context is full. Its anonymous memory (RssAnon, Linux) is read every 10 ms. A first start
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from select import select
 
+from localmoe.formats import KV_FORMATS
 from localmoe.inspection import needed
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
@@ -76,17 +77,17 @@ def chat(arguments: list[str], state: str) -> tuple[int, str]:
     return most, text
 
 
-def report(model: Path, asked: int | None, threads: int) -> str:
+def report(model: Path, asked: int | None, threads: int, kv: str) -> str:
     network = Network(open_source(model))
     context = asked or min(network.trained_context, 1024)
-    arguments = [str(model), "--context", str(context), "--threads", str(threads), "--temperature", "0"]
+    arguments = [str(model), "--context", str(context), "--threads", str(threads), "--kv", kv, "--temperature", "0"]
     if not network.source.metadata.get("tokenizer.chat_template"):
         arguments += ["--template", "chatml"]
     with tempfile.TemporaryDirectory() as state:
         chat([*arguments, "--max-tokens", "1"], state)
         filling = ["--max-tokens", "0", "--system", filling_text(model, context - REST)]
         most, written = chat([*arguments, *filling], state)
-    wanted = needed(network, context)
+    wanted = needed(network, context, kv)
     parts = [wanted.cache, wanted.working, wanted.vocabulary, wanted.python]
     sizes = " + ".join(f"{nbytes / 1e6:.1f}" for nbytes in parts)
     remark = "" if f"context of {context} tokens is full" in written else " (the answer ended before the context)"
@@ -99,10 +100,11 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--context", type=int, help="tokens; by default 1024, or those of the model if fewer")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kv", default="f16", choices=list(KV_FORMATS))
     flags = parser.parse_args()
     print("MB                      context predicted      peak  ratio   cache + working + vocabulary + Python")
     for model in flags.models:
-        print(report(model, flags.context, flags.threads), flush=True)
+        print(report(model, flags.context, flags.threads, flags.kv), flush=True)
 
 
 if __name__ == "__main__":

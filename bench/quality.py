@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 import localmoe
+from localmoe.formats import KV_FORMATS
 from localmoe.kernels.program import Floats
 from localmoe.notebook import LoadedModel
 
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=20)
-    parser.add_argument("--kv", nargs="+", default=["f32", "f16"], choices=["f32", "f16"])
+    parser.add_argument("--kv", nargs="+", default=["f32", "f16"], choices=list(KV_FORMATS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--against", type=Path, metavar="LLAMA_PERPLEXITY")
     flags = parser.parse_args()

@@ -27,10 +27,11 @@ def load(
 ) -> LoadedModel:
     """Open a GGUF file or a Hugging Face folder.
 
-    `device`: "cpu" or "reference". `threads`: None takes the physical cores. `lazy`: "auto" and "mmap" read weights
-    when first used, "off" reads them all now. `context`: tokens that the KV cache holds; None takes the trained one,
-    at most 8192. `kv_format`: "f16" or "f32". `progress(what, done, total)` hears of anything that takes time. Raises
-    children of `localmoe.errors.LocalMoeError`.
+    `device`: "cpu" or "reference". `threads`: None takes the physical cores that are quick. `lazy`: "auto" and "mmap"
+    read weights when first used, "off" reads them all now. `context`: tokens that the KV cache holds; None takes the
+    trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16" or "q8_0" (8 bits and a scale
+    for 32 values, about half the memory of f16). `progress(what, done, total)` hears of anything that takes time.
+    Raises children of `localmoe.errors.LocalMoeError`.
     """
     from localmoe.notebook import LoadedModel
 

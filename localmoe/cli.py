@@ -46,14 +46,18 @@ TemplateName = Annotated[
 ]
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores.")
+    int | None,
+    typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores that are quick."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
 Lazy = Annotated[
     str,
     typer.Option("--lazy", help="Loading: auto, mmap (read weights when first used) or off (read them all at start)."),
 ]
-KeyValueFormat = Annotated[Literal["f16", "f32"], typer.Option("--kv", help="Format of the KV cache.")]
+KeyValueFormat = Annotated[
+    Literal["f32", "f16", "q8_0"],
+    typer.Option("--kv", help="Format of the KV cache: f32, f16, or q8_0 (8 bits, about half the memory of f16)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -172,6 +176,7 @@ def inspect_model(
     model: ModelArgument,
     program: Annotated[bool, typer.Option("--program", help="List the operations of one step.")] = False,
     context: Context = None,
+    kv: KeyValueFormat = "f16",
     as_json: AsJson = False,
 ) -> None:
     """Say what a model is, what it needs and whether it fits this machine."""
@@ -179,7 +184,7 @@ def inspect_model(
     from localmoe.repl.render import Screen
 
     screen = Screen()
-    sections = inspection.report(model, context=context)
+    sections = inspection.report(model, context=context, kv_format=kv)
     header, rows = inspection.program_table(model) if program else ([], [])
     if as_json:
         found: dict[str, Any] = {title: dict(entries) for title, entries in sections}
@@ -201,8 +206,10 @@ def bench(
     generate: Annotated[str, typer.Option("-n", "--generate", help="Tokens to generate; 0: none.")] = "64",
     depth: Annotated[str, typer.Option("-d", "--depth", help="Tokens in the cache before each test.")] = "0",
     repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Rounds: each runs every test once.")] = 5,
-    threads: Annotated[str, typer.Option("--threads", "-t", help="CPU threads; by default the physical cores.")] = "",
-    kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache.")] = "f16",
+    threads: Annotated[
+        str, typer.Option("--threads", "-t", help="CPU threads; by default the physical cores that are quick.")
+    ] = "",
+    kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache: f32, f16, q8_0.")] = "f16",
     lazy: Annotated[str, typer.Option("--lazy", help="Loading modes: auto, mmap, off.")] = "auto",
     device: DeviceName = "cpu",
     ops: Annotated[

@@ -43,6 +43,7 @@ _TABLE = (
 FORMATS: dict[str, Format] = {name: Format(name, *numbers) for name, *numbers in _TABLE}
 FORMAT_BY_ID: dict[int, Format] = {f.id: f for f in FORMATS.values()}
 F32, F16, BF16 = FORMATS["F32"], FORMATS["F16"], FORMATS["BF16"]
+KV_FORMATS = {"f32": F32, "f16": F16, "q8_0": FORMATS["Q8_0"]}  # what a row of keys or values may be kept as
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localmoe.formats import Weight
+from localmoe.kernels.open import cache_format
 from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
 from localmoe.loader.source import Source
@@ -28,7 +29,7 @@ class Needed:
     """Bytes that a chat on the cpu takes beside the weights once its context is full; pages of files are not among
     them."""
 
-    cache: int  # f16, rows padded as the device pads them
+    cache: int  # rows padded as the device pads them
     working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
     vocabulary: int
     python: int = PYTHON_NBYTES
@@ -46,25 +47,26 @@ class Needed:
         return f"KV cache {cache}, working memory {working}, vocabulary {vocabulary}, Python and libraries {python}"
 
 
-def needed(network: Network, context: int) -> Needed:
+def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
     """What a chat with a context of so many tokens needs; reads no weight and compiles nothing."""
     from localmoe.kernels.cpu.device import CpuDevice
 
     programs = [network.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
-    cache, working = CpuDevice.needed_nbytes(programs, context, "f16")
+    cache, working = CpuDevice.needed_nbytes(programs, context, kv_format)
     return Needed(cache, working, _vocabulary_nbytes(network))
 
 
-def report(path: str | Path, context: int | None = None) -> list[Section]:
+def report(path: str | Path, context: int | None = None, kv_format: str = "f16") -> list[Section]:
     """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
     network = Network(open_source(path))
     source, program = network.source, network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
+    asked = context or min(network.trained_context, DEFAULT_CONTEXT)
     return [
         ("model", _model(network)),
         ("parameters", _parameters(source, routed)),
         ("formats", _formats(source)),
-        ("memory", _memory(network, program, routed, context or min(network.trained_context, DEFAULT_CONTEXT))),
+        ("memory", _memory(network, program, routed, asked, kv_format)),
     ]
 
 
@@ -126,11 +128,13 @@ def _formats(source: Source) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(network: Network, program: Program, routed: list[Op], context: int) -> list[tuple[str, str]]:
+def _memory(
+    network: Network, program: Program, routed: list[Op], context: int, kv_format: str
+) -> list[tuple[str, str]]:
     experts = sum(w.nbytes for op in routed for w in op.weights)
     weights = sum(w.nbytes for w in network.source.tensors.values())
-    per_token = 2 * program.cache_elements()  # f16
-    beside = needed(network, context)
+    per_token = program.cache_nbytes(cache_format(kv_format))
+    beside = needed(network, context, kv_format)
     whole, free = weights + beside.nbytes, available_nbytes()
     if whole <= free:
         verdict = f"yes: {readable_size(whole)} of {readable_size(free)} free"
@@ -143,7 +147,7 @@ def _memory(network: Network, program: Program, routed: list[Op], context: int) 
         ("dense weights", readable_size(weights - experts)),
         ("expert weights", readable_size(experts)),
         ("read for one token", readable_size(program.weight_nbytes(1))),
-        ("KV cache per token (f16)", readable_size(per_token)),
+        (f"KV cache per token ({kv_format})", readable_size(per_token)),
         (f"KV cache at {context:,} tokens", readable_size(context * per_token)),
         ("needed beside the weights", f"{readable_size(beside.nbytes)} at {context:,} tokens: {beside.parts}"),
         ("fits this machine", verdict),

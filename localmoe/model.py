@@ -12,7 +12,7 @@ import numpy as np
 
 from localmoe.arch.table import family
 from localmoe.errors import DeviceError, FileFormatError, SettingError
-from localmoe.kernels.open import Device, Plan, open_device
+from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Floats, Program, Progress, Tensor
 from localmoe.loader.checkpoint import Checkpoint
@@ -210,7 +210,7 @@ class Model:
         if asked is not None and asked < 1:
             raise SettingError(f"a context of {asked} tokens is not possible; at least 1 is")
         context = asked or min(trained, DEFAULT_CONTEXT)
-        per_token = self.network.program(1).cache_elements() * (2 if kv_format == "f16" else 4)
+        per_token = self.network.program(1).cache_nbytes(cache_format(kv_format))
         free = available_nbytes()
         if context * per_token > free:
             raise DeviceError(

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 
-from localmoe.formats import FORMATS, Weight
+from localmoe.formats import FORMATS, Format, Weight
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.ops import Ops, trace
-from localmoe.kernels.program import Program, Tensor
-from localmoe.kernels.reference import ReferenceDevice
+from localmoe.kernels.program import Program, Tensor, cache_row
+from localmoe.kernels.reference import ReferenceDevice, dequantise
 
 Array = npt.NDArray[np.generic]
 Random = np.random.Generator
@@ -96,8 +98,8 @@ def cpu_runs(device: CpuDevice, forward: Forward, steps: Sequence[tuple[int, int
     plans = {capacity: device.compile(program) for capacity, program in programs.items()}
     for layer in next(iter(programs.values())).cache:
         for array, width in zip(device.cache(layer), (layer.key_width, layer.value_width), strict=True):
-            if array is not None:
-                array[:, :, :width] = np.nan
+            if array is not None and width:
+                array[...] = cache_rows(np.full((layer.heads, 1, width), np.nan), device.kv)
     answers: list[Array] = []
     for capacity, count, position in steps:
         plan = plans[capacity]
@@ -105,6 +107,21 @@ def cpu_runs(device: CpuDevice, forward: Forward, steps: Sequence[tuple[int, int
         answer = plan.run(ids(count, position), position)
         answers.append(answer.view(np.int32) if programs[capacity].output.dtype == "i32" else answer)
     return answers
+
+
+def cache_rows(values: npt.ArrayLike, format: Format) -> Array:
+    """Float32 (…, d) as rows of a cache, (…, bytes), padded with zeros; what is NaN is NaN in every format."""
+    rows = np.asarray(values, np.float32)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, cache_row(rows.shape[-1], format) - rows.shape[-1])]
+    with np.errstate(invalid="ignore"):
+        stored = quantize(np.pad(rows, padding), GGMLQuantizationType(format.id))
+    return np.ascontiguousarray(stored).view(np.uint8)
+
+
+def cache_values(rows: Array, format: Format, width: int) -> Array:
+    """The first `width` values of rows of a cache, (…, bytes) -> float64 (…, d)."""
+    flat = np.ascontiguousarray(rows).reshape(-1)
+    return dequantise(flat, format).reshape(*rows.shape[:-1], -1)[..., :width].astype(np.float64)
 
 
 def distance(found: Array, expected: Array) -> float:

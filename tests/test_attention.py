@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
-from programs import VOCABULARY, distance, given, ids
+from programs import VOCABULARY, cache_rows, cache_values, distance, given, ids
 
+from localmoe.formats import KV_FORMATS
 from localmoe.kernels.cpu.attention_decode import CHUNK, HEADS
 from localmoe.kernels.cpu.attention_prefill import BLOCK
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.isa import runnable
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import CacheLayer, Program, Temperature, Tensor
+from localmoe.kernels.reference import cached as cached_by_reference
 
 Array = npt.NDArray[np.generic]
 CONTEXT = 3 * CHUNK + 37
@@ -59,7 +61,8 @@ class Layer:
 
     def expected(self, device: CpuDevice, layer: CacheLayer, tokens: int, position: int) -> Array:
         """softmax(scale · q Kᵀ) V in float64, from what the cache holds after the step."""
-        keys, values = (None if x is None else x.astype(np.float64) for x in device.cache(layer))
+        stored, widths = device.cache(layer), (self.width, self.values)
+        keys, values = (x if x is None else cache_values(x, device.kv, d) for x, d in zip(stored, widths, strict=True))
         group, rows = self.heads // self.kv_heads, []
         for at, token in zip(range(position, position + tokens), ids(tokens, position), strict=True):
             first = max(0, at + 1 - self.window) if self.window else 0
@@ -67,7 +70,7 @@ class Layer:
             if t:
                 warmth *= 1 + t.scale * np.log1p(at // t.length)
             q = self.queries()[token].reshape(self.kv_heads, group, self.width).astype(np.float64)
-            k = keys[:, first : at + 1, : self.width]
+            k = keys[:, first : at + 1]
             v = (keys if values is None else values)[:, first : at + 1, : self.values]
             scores = warmth * np.einsum("kgd,ksd->kgs", q, k)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -89,8 +92,9 @@ class Bench:
         random = np.random.default_rng(3)
         for array, width in zip(self.device.cache(cached), (cached.key_width, cached.value_width), strict=True):
             if array is not None:
-                array[:, :, :width] = random.standard_normal((*array.shape[:2], width or 0)).astype(array.dtype)
-                array[:, position:, :width] = np.nan
+                values = random.standard_normal((*array.shape[:2], width or 0))
+                values[:, position:] = np.nan
+                array[...] = cache_rows(values, self.device.kv)
         return cached
 
     def run(self, capacity: int, tokens: int, position: int) -> Array:
@@ -126,7 +130,7 @@ LATENT = Layer(16, 1, 72, None, prefix=64)
 
 
 @each_isa
-@pytest.mark.parametrize("kv_format", ["f16", "f32"])
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("layer", [Layer(), LATENT], ids=["grouped", "latent"])
 def test_one_token_sees_all_chunks_and_nothing_behind(
     bench: type[Bench], isa: str, kv_format: str, layer: Layer
@@ -137,7 +141,7 @@ def test_one_token_sees_all_chunks_and_nothing_behind(
 
 
 @each_isa
-@pytest.mark.parametrize("kv_format", ["f16", "f32"])
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("layer", [Layer(), LATENT], ids=["grouped", "latent"])
 def test_a_chunk_of_tokens_at_any_depth_sees_what_each_token_sees(
     bench: type[Bench], isa: str, kv_format: str, layer: Layer
@@ -148,19 +152,23 @@ def test_a_chunk_of_tokens_at_any_depth_sees_what_each_token_sees(
 
 
 @each_isa
+@pytest.mark.parametrize("kv_format", ["f16", "q8_0"])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, HEADS, HEADS + 1, 2 * HEADS + 3])
-def test_any_number_of_heads_may_share_a_key_head(bench: type[Bench], isa: str, group: int) -> None:
+def test_any_number_of_heads_may_share_a_key_head(bench: type[Bench], isa: str, kv_format: str, group: int) -> None:
     for kv_heads in (1, 3):
-        one = bench(Layer(group * kv_heads, kv_heads), isa)
+        one = bench(Layer(group * kv_heads, kv_heads), isa, 2, kv_format)
         assert one.error(1, 1, CHUNK + 9) <= EXACT
         assert one.error(20, 19, CHUNK + 9) <= EXACT
 
 
 @each_isa
-@pytest.mark.parametrize(("width", "value_width"), [(1, 1), (8, 80), (64, 64), (128, 128), (80, 16), (257, 144)])
-def test_heads_may_be_of_any_width(bench: type[Bench], isa: str, width: int, value_width: int) -> None:
+@pytest.mark.parametrize("kv_format", ["f16", "q8_0"])
+@pytest.mark.parametrize(
+    ("width", "value_width"), [(1, 1), (8, 80), (64, 64), (128, 128), (80, 16), (48, 96), (257, 144)]
+)
+def test_heads_may_be_of_any_width(bench: type[Bench], isa: str, kv_format: str, width: int, value_width: int) -> None:
     for heads in (2, 8):
-        one = bench(Layer(heads, 2, width, value_width), isa)
+        one = bench(Layer(heads, 2, width, value_width), isa, 2, kv_format)
         assert one.error(1, 1, CHUNK + 40) <= EXACT
         assert one.error(9, 9, CHUNK + 40) <= EXACT
 
@@ -185,14 +193,17 @@ def test_scores_of_any_size_stay_finite(bench: type[Bench], isa: str, scale: flo
 
 
 @each_isa
+@pytest.mark.parametrize("kv_format", ["f16", "q8_0"])
 @pytest.mark.parametrize(
     "layer", [Layer(), Layer(5, 1, 64, 64), LATENT, Layer(8, 8, window=90)], ids=["grouped", "five", "latent", "window"]
 )
-def test_bits_depend_neither_on_threads_nor_on_how_a_prompt_is_cut(bench: type[Bench], isa: str, layer: Layer) -> None:
+def test_bits_depend_neither_on_threads_nor_on_how_a_prompt_is_cut(
+    bench: type[Bench], isa: str, kv_format: str, layer: Layer
+) -> None:
     start, count = CHUNK - 20, 100
     answers = []
     for threads, step in ((1, count), (2, count), (3, 33), (5, 7), (2, 1)):
-        one = bench(layer, isa, threads)
+        one = bench(layer, isa, threads, kv_format)
         one.fill(start)
         capacity = max(step, 2)  # a step of one token decodes, and sums in another order
         cuts = range(start, start + count, step)
@@ -211,3 +222,67 @@ def test_a_plan_runs_again_and_again(bench: type[Bench], isa: str) -> None:
         plan = one.device.compile(one.layer.program(capacity))
         first = plan.run(ids(capacity, 500), 500)
         assert all(np.array_equal(plan.run(ids(capacity, 500), 500), first) for _ in range(50))
+
+
+@each_isa
+@pytest.mark.parametrize("width", [1, 16, 31, 32, 48, 80, 128, 257, 576])
+def test_a_q8_0_cache_holds_the_blocks_of_gguf(isa: str, width: int, bench: type[Bench]) -> None:
+    layer = Layer(2, 2, width, width, scale=width**-0.5)
+    one = bench(layer, isa, 2, "q8_0")
+    cached = layer.program(1).cache[0]
+    one.run(30, 30, 5)
+    table = np.random.default_rng(width).standard_normal((VOCABULARY, 2 * width)).astype(np.float32)
+    rows = table[ids(30, 5)].reshape(30, 2, width).transpose(1, 0, 2)
+    for array in one.device.cache(cached):
+        assert array is not None
+        assert np.array_equal(array[:, 5:35], cache_rows(rows, one.device.kv))
+        assert not array[:, :5].any() and not array[:, 35:].any()
+        decoded = cache_values(array[:, 5:35], one.device.kv, width)
+        peaks = np.abs(np.pad(rows, ((0, 0), (0, 0), (0, -width % 32))).reshape(2, 30, -1, 32)).max(-1)
+        # Half a step of a 127th of the peak, and what rounding the step itself to 11 bits moves 127 of them.
+        allowed = np.repeat(peaks, 32, axis=-1)[..., :width] * (1 / 254 + 2**-11)
+        assert (np.abs(decoded - rows) <= allowed).all()
+        assert np.array_equal(decoded.astype(np.float32), cached_by_reference(rows, one.device.kv))
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 576])
+def test_a_q8_0_cache_takes_34_of_64_bytes_of_an_f16_one(width: int) -> None:
+    for layer in (Layer(4, 2, width, 2 * width), Layer(4, 1, width, None, prefix=width // 2)):
+        nbytes = {}
+        for name in ("f16", "q8_0"):
+            program = layer.program(1)
+            nbytes[name], _ = CpuDevice.needed_nbytes([program], CONTEXT, name, 1)
+            assert nbytes[name] == CONTEXT * program.cache_nbytes(KV_FORMATS[name])
+        assert 64 * nbytes["q8_0"] == 34 * nbytes["f16"]
+
+
+@each_isa
+@pytest.mark.parametrize(("odd", "left"), [(0.0, 0.0), (1e-9, 0.0), (1e-38, 0.0), (np.nan, np.nan), (np.inf, np.nan)])
+def test_a_block_of_q8_0_that_8_bits_cannot_tell_is_zero_or_no_number(
+    bench: type[Bench], isa: str, odd: float, left: float
+) -> None:
+    one = bench(Layer(1, 1, 64, None, prefix=64), isa, 1, "q8_0")
+    rows = np.ones((2, 64), np.float32)
+    rows[1, 32:], rows[1, 40] = 0, odd
+
+    def forward(ops: Ops) -> Tensor:
+        layer = ops.cache.append(given(ops, rows).heads(1), value_prefix=64)
+        return ops.attention(given(ops, rows).heads(1), layer, scale=1.0).flat()
+
+    program = trace(forward, 1, all_rows=True)
+    one.device.compile(program).run(np.ones(1, np.int32), 0)
+    keys, _ = one.device.cache(program.cache[0])
+    with np.errstate(invalid="ignore"):
+        held = cached_by_reference(rows[1], one.device.kv)
+    for found in (cache_values(keys[0, :1], one.device.kv, 64)[0], held):
+        assert np.allclose(found[:32], 1, rtol=2**-11)
+        assert np.array_equal(found[32:], np.full(32, left), equal_nan=True)
+
+
+def test_a_rewound_q8_0_cache_answers_as_one_that_never_went_on(bench: type[Bench]) -> None:
+    one = bench(Layer(), runnable()[0], 2, "q8_0")
+    one.run(70, 70, 0)
+    straight = one.run(1, 1, 70)
+    one.run(70, 60, 71)
+    one.run(70, 3, 67)
+    assert np.array_equal(one.run(1, 1, 70), straight)

@@ -108,7 +108,7 @@ def test_a_value_given_twice_is_measured_once() -> None:
         ({"depth": "-1"}, "-d takes whole numbers"),
         ({"generate": "²"}, "-n takes whole numbers"),
         ({"threads": "0"}, "--threads takes whole numbers from 1 on"),
-        ({"kv": "f16,f8"}, "--kv takes f16, f32.* not 'f8'"),
+        ({"kv": "f16,f8"}, "--kv takes f32, f16, q8_0.* not 'f8'"),
         ({"lazy": "never"}, "--lazy takes auto, mmap, off"),
     ],
 )
@@ -121,9 +121,9 @@ def test_what_is_no_such_list_is_refused(how: dict[str, Any], words: str) -> Non
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize(("kv", "element"), [("f16", 2), ("f32", 4)])
+@pytest.mark.parametrize(("kv", "element"), [("f32", 4), ("f16", 2), ("q8_0", 34 / 32)])
 @pytest.mark.parametrize("depth", [0, 30])
-def test_generation_is_measured_against_the_bytes_it_must_read(file: Path, kv: str, element: int, depth: int) -> None:
+def test_generation_is_measured_against_the_bytes_it_must_read(file: Path, kv: str, element: float, depth: int) -> None:
     asked = request.read_request(file, prompt="0", generate="4", depth=str(depth), kv=kv, repeat=3, threads="2")
     (series,) = measure.run(asked).series
     # 74,580 bytes of weights a token (test_inspection), and 128 elements for each of the cached tokens

@@ -9,6 +9,8 @@ from tiny_models import deepseek2, qwen3moe
 
 import localmoe.inspection
 import localmoe.kernels.reference
+from localmoe.errors import SettingError
+from localmoe.formats import KV_FORMATS
 from localmoe.inspection import PYTHON_NBYTES, Needed, needed, program_table, report
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.lower import Lowering
@@ -23,8 +25,8 @@ SMALL = 64 + 2 * (64 + 64 + 16 + 16 + 6 * 64)  # what stays float32
 Q8_0 = 34 / 32  # bytes of an element
 
 
-def sections(path: Path, context: int | None = None) -> dict[str, dict[str, str]]:
-    return {title: dict(rows) for title, rows in report(path, context)}
+def sections(path: Path, context: int | None = None, kv_format: str = "f16") -> dict[str, dict[str, str]]:
+    return {title: dict(rows) for title, rows in report(path, context, kv_format)}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,14 @@ def test_the_cache_of_grouped_heads_keeps_keys_and_values_of_each_kv_head(groupe
 
 
 def test_latent_attention_keeps_one_latent_and_one_rope_key(latent: Path) -> None:
-    assert sections(latent)["memory"]["KV cache per token (f16)"] == f"{2 * 2 * (32 + 8)} B"
+    # 32 + 8 elements, padded to 48, or to two blocks
+    assert sections(latent)["memory"]["KV cache per token (f16)"] == f"{2 * 2 * 48} B"
+    assert sections(latent, None, "q8_0")["memory"]["KV cache per token (q8_0)"] == f"{2 * 2 * 34} B"
+
+
+def test_a_kv_format_that_is_none_is_refused(grouped: Path) -> None:
+    with pytest.raises(SettingError, match="'q4_0' is not known; these are: f32, f16, q8_0"):
+        report(grouped, None, "q4_0")
 
 
 def test_shared_experts_are_active_and_routed_ones_as_far_as_chosen(latent: Path) -> None:
@@ -107,16 +116,19 @@ def test_it_says_whether_weights_and_all_beside_them_fit(
 ) -> None:
     monkeypatch.setattr(localmoe.inspection, "available_nbytes", lambda: free)
     monkeypatch.setattr(localmoe.inspection, "total_nbytes", lambda: whole)
-    monkeypatch.setattr(localmoe.inspection, "needed", lambda network, context: Needed(76_800, 30_000, 2_000, 1_000))
+    monkeypatch.setattr(localmoe.inspection, "needed", lambda *asked: Needed(76_800, 30_000, 2_000, 1_000))
     assert sections(grouped)["memory"]["fits this machine"] == verdict  # 144,416 of weights and 109,800 beside them
 
 
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("family", ["grouped", "latent"])
-def test_the_cpu_needs_what_it_says_before_it_lowers(family: str, threads: int, request: pytest.FixtureRequest) -> None:
+def test_the_cpu_needs_what_it_says_before_it_lowers(
+    family: str, threads: int, kv_format: str, request: pytest.FixtureRequest
+) -> None:
     network = Network(open_source(request.getfixturevalue(family)))
     programs = [network.program(1), network.program(40)]
-    device = CpuDevice(300, "f16", threads)
+    device = CpuDevice(300, kv_format, threads)
     lowerings = [Lowering(device, program) for program in programs]
     for lowering in lowerings:
         lowering.run()
@@ -125,12 +137,15 @@ def test_the_cpu_needs_what_it_says_before_it_lowers(family: str, threads: int, 
     working = sum(device.rope_table(table).nbytes for table in tables.values())
     working += sum(lowering.arena.size + sum(kept.nbytes for kept in lowering.kept) for lowering in lowerings)
     assert tables
-    assert CpuDevice.needed_nbytes(programs, 300, "f16", threads) == (cache, working)
+    assert CpuDevice.needed_nbytes(programs, 300, kv_format, threads) == (cache, working)
+    assert cache == 300 * programs[0].cache_nbytes(KV_FORMATS[kv_format])
 
 
 def test_rows_of_the_cache_count_as_the_device_pads_them(grouped: Path, latent: Path) -> None:
     assert needed(Network(open_source(grouped)), 300).cache == 300 * 2 * 2 * 2 * (16 + 16)
     assert needed(Network(open_source(latent)), 300).cache == 300 * 2 * 2 * 48  # 32 + 8, padded to whole vectors
+    assert needed(Network(open_source(grouped)), 300, "q8_0").cache == 300 * 2 * 2 * (34 + 34)
+    assert needed(Network(open_source(latent)), 300, "q8_0").cache == 300 * 2 * 2 * 34
 
 
 def test_all_that_is_needed_is_listed_with_its_sum(grouped: Path) -> None:

@@ -266,7 +266,7 @@ def test_ids_outside_the_vocabulary_are_refused(model: LoadedModel, ids: list[in
     [
         ({"device": "tpu"}, DeviceError, "'tpu'.*cpu, reference"),
         ({"lazy": "slots"}, SettingError, "'slots'.*auto, mmap, off"),
-        ({"kv_format": "q8_0"}, SettingError, "'q8_0'.*f16, f32"),
+        ({"kv_format": "q4_0"}, SettingError, "'q4_0'.*f32, f16, q8_0"),
         ({"threads": 0}, SettingError, "0 threads.*1 to 256"),
         ({"threads": 257}, SettingError, "257 threads.*1 to 256"),
         ({"context": 0}, SettingError, "0 tokens.*at least 1"),
@@ -293,6 +293,10 @@ def test_a_cache_that_memory_cannot_hold_is_refused_with_the_numbers(
     with pytest.raises(DeviceError, match="at most 50 tokens fit"):
         localmoe.load(files["gqa"], kv_format="f32")
     localmoe.load(files["gqa"], context=100).close()
+    per_token = 2 * 2 * (34 + 34)  # a head of 16 takes a whole block
+    monkeypatch.setattr(localmoe.model, "available_nbytes", lambda: 40 * per_token)
+    with pytest.raises(DeviceError, match=r"300 tokens needs 81\.6 kB .* at most 40 tokens fit"):
+        localmoe.load(files["gqa"], kv_format="q8_0")
 
 
 def test_chat_answers_and_the_second_turn_reuses_the_first(model: LoadedModel) -> None:

@@ -22,6 +22,7 @@ from programs import (
     weight,
 )
 
+from localmoe.formats import KV_FORMATS
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.isa import runnable
 from localmoe.kernels.ops import Ops
@@ -326,7 +327,7 @@ def test_cpu_computes_what_the_numpy_twin_computes(cpu: OpenCpu, isa: str, name:
         assert all(map(np.array_equal, same, found)), f"{threads} threads change the bits"
 
 
-@pytest.mark.parametrize("kv_format", ["f16", "f32"])
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("isa", runnable())
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_sees_what_the_numpy_twin_sees(cpu: OpenCpu, isa: str, name: str, kv_format: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import exactly, weight
 
+from localmoe.formats import FORMATS
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.lower import LOWERINGS, Arena, Lowering
 from localmoe.kernels.ops import Ops, trace
@@ -177,7 +178,7 @@ def test_places_that_live_together_never_overlap(moves: list[tuple[bool, int]], 
 def lowered(program: Program) -> Lowering:
     isa = SimpleNamespace(name="avx2", lanes=8)
     device = SimpleNamespace(
-        kernels=SimpleNamespace(isa=isa), threads=2, context=16, kv_type=np.dtype(np.float16),
+        kernels=SimpleNamespace(isa=isa), threads=2, context=16, kv=FORMATS["F16"],
         cache=lambda layer: (np.zeros((2, 16, 16)), np.zeros((2, 16, 16))), rope_table=lambda table: np.zeros(4),
     )  # fmt: skip
     lowering = Lowering(cast(CpuDevice, device), program)

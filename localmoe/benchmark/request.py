@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from localmoe.errors import SettingError
-from localmoe.kernels.open import KV_FORMATS
+from localmoe.formats import KV_FORMATS
 from localmoe.model import LAZY_MODES
 
 
@@ -29,7 +29,7 @@ class Test:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a model is opened; `threads` None takes the physical cores."""
+    """How a model is opened; `threads` None takes the physical cores that are quick."""
 
     threads: int | None = None
     kv: str = "f16"
@@ -81,7 +81,7 @@ def read_request(
     if not tests:
         raise SettingError("bench has nothing to measure: give -p or -n a number above 0")
     counts: Sequence[int | None] = numbers("--threads", threads, least=1) if threads else [None]
-    formats, modes = words("--kv", kv, KV_FORMATS), words("--lazy", lazy, LAZY_MODES)
+    formats, modes = words("--kv", kv, tuple(KV_FORMATS)), words("--lazy", lazy, LAZY_MODES)
     settings = tuple(Setting(*chosen, device) for chosen in product(counts, formats, modes))
     return Request(Path(path), tuple(tests), settings, repeat)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from localmoe.benchmark.request import Test
+from localmoe.formats import KV_FORMATS
 from localmoe.kernels.cpu.limits import Rates
 from localmoe.kernels.program import CacheLayer, Op, Program
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
-KV_NBYTES = {"f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}  # of an element; q8_0: a block of 32 has a scale of 2 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ def op_work(program: Program, op: Op, tokens: int, depth: float, kv: str) -> Wor
     operations = op.flops(rows, int(depth + (tokens + 1) / 2))
     if op.name == "attention":
         layer: CacheLayer = op.attributes["cache"]
-        return Work(nbytes + (depth + tokens) * layer.elements * KV_NBYTES[kv], 0.0, operations)
+        of_element = KV_FORMATS[kv].nbytes / KV_FORMATS[kv].elements
+        return Work(nbytes + (depth + tokens) * layer.elements * of_element, 0.0, operations)
     matrices = [w for w in op.weights if len(w.shape) > 1]
     whole = sum(w.elements for w in matrices) or 1
     quantised = sum(w.elements for w in matrices if w.format.name not in FLOAT_FORMATS)

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import DeviceError, SettingError
+from localmoe.formats import KV_FORMATS, Format
 from localmoe.kernels.program import Floats, Program, Progress
 
 DEVICES = ("cpu", "reference")
-KV_FORMATS = ("f16", "f32")
 
 
 class Plan(Protocol):
@@ -43,12 +43,19 @@ class Device(Protocol):
         ...
 
 
+def cache_format(name: str) -> Format:
+    """The format of that name for the KV cache. Raises SettingError where there is none."""
+    if name not in KV_FORMATS:
+        raise SettingError(f"KV format {name!r} is not known; these are: {', '.join(KV_FORMATS)}")
+    return KV_FORMATS[name]
+
+
 def open_device(
     name: str, *, context: int, kv_format: str = "f16", threads: int | None = None, progress: Progress | None = None
 ) -> Device:
-    """A device whose cache holds `context` tokens. Raises DeviceError for one that is not there."""
-    if kv_format not in KV_FORMATS:
-        raise SettingError(f"KV format {kv_format!r} is not known; these are: {', '.join(KV_FORMATS)}")
+    """A device whose cache holds `context` tokens. Raises DeviceError for one that is not there, SettingError for a KV
+    format that is not known."""
+    cache_format(kv_format)
     if name == "reference":
         from localmoe.kernels.reference import ReferenceDevice
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localmoe.formats import Weight
+from localmoe.formats import Format, Weight
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # (what, done, total) of anything that takes time
@@ -70,6 +70,17 @@ class CacheLayer:
     def elements(self) -> int:
         """Elements kept per token."""
         return self.heads * (self.key_width + (self.value_width or 0))
+
+    def nbytes(self, format: Format) -> int:
+        """Bytes kept per token, with the padding of rows."""
+        widths = (self.key_width, self.value_width or 0)
+        return self.heads * sum(format.row_nbytes(cache_row(width, format)) for width in widths)
+
+
+def cache_row(width: int, format: Format) -> int:
+    """Elements of a cached row of `width` values: whole blocks, and whole vectors of 16."""
+    unit = max(16, format.elements)
+    return -(-width // unit) * unit
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -159,6 +170,10 @@ class Program:
     def cache_elements(self) -> int:
         """Elements the cache keeps per token, all layers together."""
         return sum(layer.elements for layer in self.cache)
+
+    def cache_nbytes(self, format: Format) -> int:
+        """Bytes the cache keeps per token, all layers together."""
+        return sum(layer.nbytes(format) for layer in self.cache)
 
     def last_uses(self) -> dict[int, int]:
         """Buffer -> index of the last op that reads or writes it (the output lives to the end)."""

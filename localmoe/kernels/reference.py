@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import UnsupportedError
-from localmoe.formats import Bytes, Format, Weight
+from localmoe.formats import KV_FORMATS, Bytes, Format, Weight
 from localmoe.kernels.program import CacheLayer, Floats, Op, Program, RopeTable, Router, Tensor
 
 Array = npt.NDArray[Any]
@@ -45,15 +45,29 @@ def matrix(weight: Weight, index: int = 0) -> Floats:
     return dequantise(weight.slabs[index], weight.format).reshape(weight.rows, weight.columns)
 
 
+def cached(rows: Array, format: Format) -> Floats:
+    """What is left of rows (…, d) in a cache of `format`: rounded to float16, or to Q8_0 block by block, the last one
+    filled up with zeros."""
+    if format.elements == 1:
+        return rows.astype(np.float16 if format.name == "F16" else np.float32).astype(np.float32)
+    width = rows.shape[-1]
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -width % format.elements)]
+    blocks = np.pad(rows.astype(np.float32), padding).reshape(*rows.shape[:-1], -1, format.elements)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-30)
+    values: Floats = np.rint(blocks * inverse) * scale.astype(np.float16).astype(np.float32)
+    return values.reshape(*rows.shape[:-1], -1)[..., :width]
+
+
 class ReferenceDevice:
-    """Keeps the KV cache as float32 (or rounded through float16) numpy arrays of (K, S, d)."""
+    """Keeps the KV cache as float32 numpy arrays of (K, S, d), rounded to what its format can hold."""
 
     name = "reference"
     threads = 1
 
     def __init__(self, context: int, kv_format: str = "f32") -> None:
         self.context = context
-        self.kv_type = np.float16 if kv_format == "f16" else np.float32
+        self.kv = KV_FORMATS[kv_format]
         self.caches: dict[int, tuple[Array, Array | None]] = {}
 
     def compile_all(self, programs: Sequence[Program]) -> list[ReferencePlan]:
@@ -62,11 +76,11 @@ class ReferenceDevice:
     def compile(self, program: Program) -> ReferencePlan:
         for layer in program.cache:
             if layer.index not in self.caches:
-                keys = np.zeros((layer.heads, self.context, layer.key_width), self.kv_type)
+                keys = np.zeros((layer.heads, self.context, layer.key_width), np.float32)
                 width = layer.value_width
                 self.caches[layer.index] = (
                     keys,
-                    np.zeros((layer.heads, self.context, width), self.kv_type) if width else None,
+                    np.zeros((layer.heads, self.context, width), np.float32) if width else None,
                 )
         return ReferencePlan(self, program)
 
@@ -163,7 +177,7 @@ def cache_append(device: ReferenceDevice, op: Op, inputs: list[Array], position:
     layer: CacheLayer = op.attributes["cache"]
     for cache, rows in zip(device.caches[layer.index], inputs, strict=False):
         assert cache is not None
-        cache[:, position : position + rows.shape[0]] = rows.transpose(1, 0, 2)
+        cache[:, position : position + rows.shape[0]] = cached(rows, device.kv).transpose(1, 0, 2)
     return []
 
 
@@ -172,8 +186,8 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
     q = inputs[0].astype(np.float32)  # (T, H, dk)
     tokens, end = q.shape[0], position + q.shape[0]
     keys, stored = device.caches[layer.index]
-    k = keys[:, :end].astype(np.float32)
-    v = k[:, :, : layer.value_prefix] if stored is None else stored[:, :end].astype(np.float32)
+    k = keys[:, :end]
+    v = k[:, :, : layer.value_prefix] if stored is None else stored[:, :end]
     at = np.arange(position, end)
     if temperature := op.attributes["temperature"]:
         q = q * (1 + temperature.scale * np.log1p(at // temperature.length)).astype(np.float32)[:, None, None]

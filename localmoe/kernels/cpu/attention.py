@@ -1,7 +1,6 @@
 """KV cache writes, and attention put on the tape: a decode kernel for one token, a prefill kernel for a chunk.
 
-The contracts are `ops.Cache.append` and `ops.Ops.attention`. Cache rows are padded with zeros to 16 elements, so that
-every row is whole vectors.
+The contracts are `ops.Cache.append` and `ops.Ops.attention`; how rows lie in the cache is in `cache_rows.py`.
 """
 
 from __future__ import annotations
@@ -10,33 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from localmoe.formats import F16, F32, FORMATS, Format
 from localmoe.kernels.cpu import attention_decode, attention_prefill
 from localmoe.kernels.cpu.arguments import row_count, slots, step_position
 from localmoe.kernels.cpu.build import kernel
-from localmoe.kernels.program import CacheLayer, Op
+from localmoe.kernels.cpu.cache_rows import row_nbytes, writer
+from localmoe.kernels.program import CacheLayer, Op, cache_row
 
 if TYPE_CHECKING:
     from localmoe.kernels.cpu.lower import Lowering
 
 
-def _cache_append(v: Any, element: int) -> Any:
+def _cache_append(v: Any, format: Format) -> Any:
     slot, rows, position = slots(v), row_count(v), step_position(v)
-    put = v.store_half if element == 2 else v.store
+    nbytes, write = row_nbytes(v, format), writer(v, format)
 
     def run(a, thread, threads):
         heads, context = slot(a, 2), slot(a, 16)
         units, first = rows(a) * heads, position(a)
         for part in range(3, 3 + 6 * slot(a, 15), 6):
             x, token_stride, head_stride = slot(a, part), slot(a, part + 1), slot(a, part + 2)
-            width, cache, padded = slot(a, part + 3), slot(a, part + 4), slot(a, part + 5)
+            width, cache, stride = slot(a, part + 3), slot(a, part + 4), nbytes(slot(a, part + 5))
             for row in range(units * thread // threads, units * (thread + 1) // threads):
                 source = x + row // heads * token_stride + row % heads * head_stride
-                target = cache + (row % heads * context + first + row // heads) * padded * element
-                whole = width - width % v.lanes
-                for i in range(0, whole, v.lanes):
-                    put(target + element * i, v.load(v.f32, source + 4 * i))
-                for i in range(whole, width):
-                    put(target + element * i, v.load(v.float32, source + 4 * i))
+                write(source, cache + (row % heads * context + first + row // heads) * stride, width)
 
     return run
 
@@ -45,42 +41,48 @@ def _cache_append(v: Any, element: int) -> Any:
 def cache_append_f16(v: Any) -> Any:
     """Arguments: control, rows, heads, then two parts (keys, values) of: x, token and head strides (bytes), width,
     cache, padded width; the number of parts; the context."""
-    return _cache_append(v, 2)
+    return _cache_append(v, F16)
 
 
 @kernel("cache_append_f32", 3)
 def cache_append_f32(v: Any) -> Any:
     """As cache_append_f16."""
-    return _cache_append(v, 4)
+    return _cache_append(v, F32)
+
+
+@kernel("cache_append_q8_0", 3)
+def cache_append_q8_0(v: Any) -> Any:
+    """As cache_append_f16."""
+    return _cache_append(v, FORMATS["Q8_0"])
 
 
 def lower_cache_append(lowering: Lowering, op: Op) -> None:
     layer: CacheLayer = op.attributes["cache"]
-    arrays = lowering.device.cache(layer)
+    arrays, format = lowering.device.cache(layer), lowering.device.kv
     parts: list[Any] = []
     for tensor, array in zip(op.inputs, arrays, strict=False):
         assert array is not None
         place = (lowering.at(tensor), 4 * tensor.strides[0], 4 * tensor.strides[1], tensor.shape[2])
-        parts += [*place, array.ctypes.data, array.shape[2]]
+        parts += [*place, array.ctypes.data, cache_row(tensor.shape[2], format)]
     parts += [0] * (12 - len(parts))
-    name = f"cache_append_f{8 * lowering.device.kv_type.itemsize}"
+    name = f"cache_append_{format.name.lower()}"
     lowering.emit(name, op.inputs[0], layer.heads, *parts, len(op.inputs), lowering.device.context)
 
 
 def lower_attention(lowering: Lowering, op: Op) -> None:
     (q,), (out,) = op.inputs, op.outputs
     layer: CacheLayer = op.attributes["cache"]
-    window, context = int(op.attributes["window"]), lowering.device.context
+    window, context, format = int(op.attributes["window"]), lowering.device.context, lowering.device.kv
     keys, values = lowering.device.cache(layer)
     value_rows = keys if values is None else values
-    key_padded, value_padded = keys.shape[2], -(-out.shape[2] // 16) * 16
+    key_padded, value_padded = cache_row(layer.key_width, format), cache_row(out.shape[2], format)
+    value_row = key_padded if values is None else value_padded
     temperature = op.attributes["temperature"]
     factors = 0
     if temperature:
         table = 1 + temperature.scale * np.log1p(np.arange(context) // temperature.length)
         lowering.kept.append(table.astype(np.float32))
         factors = lowering.kept[-1].ctypes.data
-    element = f"f{8 * lowering.device.kv_type.itemsize}"
     single = q.shape[0] == 1
     if single:
         scratch_nbytes = attention_decode.scratch_nbytes(key_padded, value_padded, context)
@@ -88,7 +90,7 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
         scratch_nbytes = attention_prefill.scratch_nbytes(lowering.isa, key_padded, value_padded)
     both = (
         *(lowering.at(q), q.shape[1], q.shape[2], lowering.at(out), out.shape[2], layer.heads),
-        *(keys.ctypes.data, key_padded, value_rows.ctypes.data, value_rows.shape[2]),
+        *(keys.ctypes.data, key_padded, value_rows.ctypes.data, value_row),
         *(context, window, float(op.attributes["scale"]), factors),
         *(lowering.temporary(scratch_nbytes * lowering.threads), scratch_nbytes, value_padded),
     )
@@ -97,9 +99,10 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
         part_nbytes = attention_decode.partial_nbytes(value_padded) * attention_decode.chunks(window or context)
         counters = lowering.table([0] * attention_decode.counters(parts))
         shared = (counters, lowering.temporary(parts * part_nbytes), part_nbytes)
-        lowering.emit(f"attention_decode_{element}", q, *both, *shared, 4 * q.strides[1])
+        lowering.emit(f"attention_decode_{format.name.lower()}", q, *both, *shared, 4 * q.strides[1])
     else:
         counters = lowering.table([0] * attention_prefill.COUNTERS)
         widths = (lowering.isa, key_padded, value_padded)
         tile = (attention_prefill.panels(*widths), attention_prefill.panel_nbytes(*widths))
-        lowering.emit(f"attention_prefill_{element}", q, *both, counters, 4 * q.strides[0], 4 * q.strides[1], *tile)
+        place = (counters, 4 * q.strides[0], 4 * q.strides[1])
+        lowering.emit(f"attention_prefill_{format.name.lower()}", q, *both, *place, *tile)

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.formats import F16, F32, FORMATS, Format
 from localmoe.kernels.cpu.arguments import slots, step_position
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.cache_rows import row_nbytes
+from localmoe.kernels.program import cache_row
 
 CHUNK = 512  # positions; 256 decodes 1 to 6 % slower, 128 3 to 8 %
 HEADS = 8
@@ -42,10 +45,15 @@ def counters(groups: int) -> int:
     return 2 + groups
 
 
-def _decode(v: Any, element: int) -> Any:
-    slot, position = slots(v), step_position(v)
-    scale_queries, score, soften = _scale_queries(v), _score(v, element), _soften(v)
-    gather, merge = _gather(v, element), _merge(v)
+def _by_eights(format: Format) -> bool:
+    """Whether rows meet eight heads at once, as quantised ones take long to read; F16 and F32 do better by fours."""
+    return format.elements > 1
+
+
+def _decode(v: Any, format: Format) -> Any:
+    slot, position, nbytes = slots(v), step_position(v), row_nbytes(v, format)
+    scale_queries, score, soften = _scale_queries(v), _score(v, format), _soften(v)
+    gather, merge = _gather(v, format), _merge(v)
 
     def run(a, thread, threads):
         heads, kv_heads, window, at = slot(a, 3), slot(a, 7), slot(a, 13), position(a)
@@ -70,9 +78,9 @@ def _decode(v: Any, element: int) -> Any:
             ours = partials + part * slot(a, 21)
             into = ours + chunk * partial
             scale_queries(a, at, head, many, query)
-            row = slot(a, 8) + (kv * slot(a, 12) + start) * key_padded * element
+            row = slot(a, 8) + (kv * slot(a, 12) + start) * nbytes(key_padded)
             score(query, key_padded, row, low, high, many, scores)
-            row = slot(a, 10) + (kv * slot(a, 12) + start + low) * slot(a, 11) * element
+            row = slot(a, 10) + (kv * slot(a, 12) + start + low) * nbytes(slot(a, 11))
             for ahead in range(0, AHEAD, _LINE):  # the first values come while the softmax is computed
                 v.prefetch_second(row + ahead)
             soften(scores, low, high, many, into + HEADS * 4 * value_padded)
@@ -110,28 +118,34 @@ def _scale_queries(v: Any) -> Any:
     return v.function(scale_queries)
 
 
-def _score(v: Any, element: int) -> Any:
+def _score(v: Any, format: Format) -> Any:
     """Inner products of up to HEADS queries with rows low to high of a chunk; scores before and behind are anything."""
     from localmoe.kernels.cpu import vector_rows
 
-    one = vector_rows.products(v.isa, 1, element, _SCORES_STRIDE)
-    two = vector_rows.products(v.isa, 2, element, _SCORES_STRIDE)
-    four = vector_rows.products(v.isa, 4, element, _SCORES_STRIDE)
+    nbytes, span = row_nbytes(v, format), vector_rows.span(v.isa, format)
+    one = vector_rows.products(v.isa, 1, format, _SCORES_STRIDE)
+    two = vector_rows.products(v.isa, 2, format, _SCORES_STRIDE)
+    four = vector_rows.products(v.isa, 4, format, _SCORES_STRIDE)
+    eight, eights = vector_rows.products(v.isa, 8, format, _SCORES_STRIDE), _by_eights(format)
 
     def score(query, padded, rows, low, high, many, scores):
-        stride, vectors, keys = padded * element, padded // v.lanes, v.lanes // 4
+        stride, spans, keys = nbytes(padded), padded // span, v.lanes // 4
+        if eights and many >= HEADS - 1:
+            for s in range(low - low % (keys // 2), high, keys // 2):
+                eight(query, 4 * padded, rows + s * stride, stride, high - 1 - s, spans, scores + 4 * s, AHEAD)
+            return
         fours = (many + 1) // 4 * 4  # three heads count as four: the fourth row of scores is not used
         for s in range(low - low % keys, high, keys):
             for h in range(0, fours, 4):
                 q, out = query + 4 * h * padded, scores + h * _SCORES_STRIDE + 4 * s
-                four(q, 4 * padded, rows + s * stride, stride, high - 1 - s, vectors, out, AHEAD)
+                four(q, 4 * padded, rows + s * stride, stride, high - 1 - s, spans, out, AHEAD)
         q, out = query + 4 * fours * padded, scores + fours * _SCORES_STRIDE
         if many - fours == 2:
             for s in range(low - low % (2 * keys), high, 2 * keys):
-                two(q, 4 * padded, rows + s * stride, stride, high - 1 - s, vectors, out + 4 * s, AHEAD)
+                two(q, 4 * padded, rows + s * stride, stride, high - 1 - s, spans, out + 4 * s, AHEAD)
         elif many - fours == 1:
             for s in range(low - low % (4 * keys), high, 4 * keys):
-                one(q, 4 * padded, rows + s * stride, stride, high - 1 - s, vectors, out + 4 * s, AHEAD)
+                one(q, 4 * padded, rows + s * stride, stride, high - 1 - s, spans, out + 4 * s, AHEAD)
 
     return v.function(score)
 
@@ -165,35 +179,43 @@ def _soften(v: Any) -> Any:
     return v.function(soften)
 
 
-def _gather(v: Any, element: int) -> Any:
+def _gather(v: Any, format: Format) -> Any:
     """Sums of `count` value rows, weighted by each head's scores, into `sums` float32[HEADS][padded]."""
     from localmoe.kernels.cpu import vector_rows
 
-    registers = 2 if v.lanes == 8 else 4
-    four = vector_rows.weighted_sums(v.isa, 4, registers, element)
-    four_narrow = vector_rows.weighted_sums(v.isa, 4, 16 // v.lanes, element)
-    one = vector_rows.weighted_sums(v.isa, 1, 8, element)
-    most = 8 * v.lanes
-    one_narrow = vector_rows.weighted_sums(v.isa, 1, 16 // v.lanes, element)
-    wide = registers * v.lanes
+    nbytes, narrow = row_nbytes(v, format), cache_row(1, format)
+    wide, most = max(narrow, 16 if v.lanes == 8 else 64), 8 * v.lanes
+    eights, eight_wide = _by_eights(format), max(narrow, 2 * v.lanes)
+    eight = vector_rows.weighted_sums(v.isa, 8, eight_wide, format)
+    eight_narrow = vector_rows.weighted_sums(v.isa, 8, narrow, format)
+    four = vector_rows.weighted_sums(v.isa, 4, wide, format)
+    four_narrow = vector_rows.weighted_sums(v.isa, 4, narrow, format)
+    one = vector_rows.weighted_sums(v.isa, 1, most, format)
+    one_narrow = vector_rows.weighted_sums(v.isa, 1, narrow, format)
 
     def gather(scores, rows, row_width, count, many, padded, sums):
-        stride, sums_stride = row_width * element, 4 * padded
+        stride, sums_stride = nbytes(row_width), 4 * padded
         fours = (many + 1) // 4 * 4
         for i in range(0, max(fours, many) * padded, v.lanes):
             v.store(sums + 4 * i, v.zero(v.f32))
+        if eights and many >= HEADS - 1:
+            for i in range(0, padded - padded % eight_wide, eight_wide):
+                eight(scores, _SCORES_STRIDE, rows + nbytes(i), stride, count, sums + 4 * i, sums_stride, AHEAD)
+            for i in range(padded - padded % eight_wide, padded, narrow):
+                eight_narrow(scores, _SCORES_STRIDE, rows + nbytes(i), stride, count, sums + 4 * i, sums_stride, AHEAD)
+            return
         for h in range(0, fours, 4):
             p, out = scores + h * _SCORES_STRIDE, sums + h * sums_stride
             for i in range(0, padded - padded % wide, wide):
-                four(p, _SCORES_STRIDE, rows + element * i, stride, count, out + 4 * i, sums_stride, AHEAD)
-            for i in range(padded - padded % wide, padded, 16):
-                four_narrow(p, _SCORES_STRIDE, rows + element * i, stride, count, out + 4 * i, sums_stride, AHEAD)
+                four(p, _SCORES_STRIDE, rows + nbytes(i), stride, count, out + 4 * i, sums_stride, AHEAD)
+            for i in range(padded - padded % wide, padded, narrow):
+                four_narrow(p, _SCORES_STRIDE, rows + nbytes(i), stride, count, out + 4 * i, sums_stride, AHEAD)
         for h in range(fours, many):
             p, out = scores + h * _SCORES_STRIDE, sums + h * sums_stride
             for i in range(0, padded - padded % most, most):
-                one(p, 0, rows + element * i, stride, count, out + 4 * i, 0, AHEAD)
-            for i in range(padded - padded % most, padded, 16):
-                one_narrow(p, 0, rows + element * i, stride, count, out + 4 * i, 0, AHEAD)
+                one(p, 0, rows + nbytes(i), stride, count, out + 4 * i, 0, AHEAD)
+            for i in range(padded - padded % most, padded, narrow):
+                one_narrow(p, 0, rows + nbytes(i), stride, count, out + 4 * i, 0, AHEAD)
 
     return v.function(gather)
 
@@ -202,7 +224,7 @@ def _merge(v: Any) -> Any:
     """out[h] = the chunks' sums of head h, each in its share of all weights; chunks stand `partial` bytes apart."""
     from localmoe.kernels.cpu import vector_rows
 
-    join = vector_rows.weighted_sums(v.isa, 1, 16 // v.lanes, 4)
+    join = vector_rows.weighted_sums(v.isa, 1, 16, F32)
 
     def merge(partials, partial, count, many, padded, width, out, room):
         shares = room + 4 * padded
@@ -234,10 +256,16 @@ def attention_decode_f16(v: Any) -> Any:
     """Arguments: control, rows, q, heads, key width, out, value width, kv-heads, keys, padded key width, values,
     padded value width (row of the value cache), context, window, scale, query factors by position (0: none), scratch,
     its bytes a thread, padded width of a value, counters, partials, their bytes for HEADS heads, head stride of q."""
-    return _decode(v, 2)
+    return _decode(v, F16)
 
 
 @kernel("attention_decode_f32", 3)
 def attention_decode_f32(v: Any) -> Any:
     """As attention_decode_f16."""
-    return _decode(v, 4)
+    return _decode(v, F32)
+
+
+@kernel("attention_decode_q8_0", 3)
+def attention_decode_q8_0(v: Any) -> Any:
+    """As attention_decode_f16."""
+    return _decode(v, FORMATS["Q8_0"])

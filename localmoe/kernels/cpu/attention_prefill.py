@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.formats import F16, F32, FORMATS, Format
 from localmoe.kernels.cpu.arguments import row_count, slots, step_position
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.cache_rows import row_nbytes
 from localmoe.kernels.cpu.isa import Isa
 
 BLOCK = 64  # keys, and columns of a key or value that stand side by side in scratch
@@ -41,10 +43,10 @@ def panel_nbytes(isa: Isa, key_padded: int, value_padded: int) -> int:
     return 8 * isa.lanes * (key_padded + value_padded + 3)
 
 
-def _prefill(v: Any, element: int) -> Any:
+def _prefill(v: Any, format: Format) -> Any:
     slot, rows, position = slots(v), row_count(v), step_position(v)
-    pack, widen, attend, put = _pack_queries(v), _widen(v, element), _attend(v), _put(v)
-    pairs = 2 * v.lanes
+    pack, widen, attend, put = _pack_queries(v), _widen(v, format), _attend(v), _put(v)
+    pairs, nbytes = 2 * v.lanes, row_nbytes(v, format)
 
     def run(a, thread, threads):
         kv_heads, window, begin, counts = slot(a, 7), slot(a, 13), position(a), slot(a, 19)
@@ -69,9 +71,9 @@ def _prefill(v: Any, element: int) -> Any:
             low, last = max(0, begin + start // group + 1 - window), begin + (stop - 1) // group
             for block in range(low // BLOCK * BLOCK if window > 0 else 0, last + 1, BLOCK):
                 count, row = min(BLOCK, last + 1 - block), kv * slot(a, 12) + block
-                widen(slot(a, 8) + row * key_padded * element, key_padded, key_padded, count, keys)
+                widen(slot(a, 8) + row * nbytes(key_padded), key_padded, key_padded, count, keys)
                 if values != keys:
-                    widen(slot(a, 10) + row * slot(a, 11) * element, slot(a, 11), value_padded, count, values)
+                    widen(slot(a, 10) + row * nbytes(slot(a, 11)), slot(a, 11), value_padded, count, values)
                 for pair in range(start, stop, pairs):
                     first, end = begin + pair // group, begin + (min(pair + pairs, stop) - 1) // group
                     if block <= end and (window == 0 or block + BLOCK + window > first + 1):
@@ -125,16 +127,20 @@ def _pack_queries(v: Any) -> Any:
     return v.function(pack)
 
 
-def _widen(v: Any, element: int) -> Any:
+def _widen(v: Any, format: Format) -> Any:
     """`count` cache rows as float32[columns / BLOCK][BLOCK keys][BLOCK columns]."""
-    cached = v.load_half if element == 2 else v.load
+    from localmoe.kernels.cpu import vector_rows
+
+    nbytes, span = row_nbytes(v, format), vector_rows.span(v.isa, format)
+    widened = vector_rows.widened(v.isa, format)
 
     def widen(source, row_width, width, count, target):
+        stride = nbytes(row_width)
         for c in range(0, width, BLOCK):
             for k in range(count):
-                row, place = source + element * (k * row_width + c), target + (c + k) * _STRIDE
-                for i in range(0, min(BLOCK, width - c), v.lanes):
-                    v.store(place + 4 * i, cached(v.f32, row + element * i))
+                row, place = source + k * stride + nbytes(c), target + (c + k) * _STRIDE
+                for i in range(0, min(BLOCK, width - c), span):
+                    widened(row + nbytes(i), place + 4 * i)
 
     return v.function(widen)
 
@@ -252,10 +258,16 @@ def attention_prefill_f16(v: Any) -> Any:
     padded value width (row of the value cache), context, window, scale, query factors by position (0: none), scratch,
     its bytes a thread, padded width of a value, counters, token and head strides of q (bytes), panels of a tile,
     bytes of a panel."""
-    return _prefill(v, 2)
+    return _prefill(v, F16)
 
 
 @kernel("attention_prefill_f32", 3)
 def attention_prefill_f32(v: Any) -> Any:
     """As attention_prefill_f16."""
-    return _prefill(v, 4)
+    return _prefill(v, F32)
+
+
+@kernel("attention_prefill_q8_0", 3)
+def attention_prefill_q8_0(v: Any) -> Any:
+    """As attention_prefill_f16."""
+    return _prefill(v, FORMATS["Q8_0"])

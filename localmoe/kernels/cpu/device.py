@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import SettingError
-from localmoe.formats import Weight
+from localmoe.formats import KV_FORMATS, Bytes, Weight
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering, padded
+from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering
 from localmoe.kernels.cpu.team import Team
-from localmoe.kernels.program import CacheLayer, Floats, Program, Progress, RopeTable
+from localmoe.kernels.program import CacheLayer, Floats, Program, Progress, RopeTable, cache_row
 
 ALIGNMENT = 64
 CHUNK_ENTRIES = 16  # of a chunk's tape in one native call: about a layer
 
 
 class CpuDevice:
-    """Owns the threads, the compiled kernels and the KV cache: per layer (K, S, d), d padded to 16 elements with
-    zeros."""
+    """Owns the threads, the compiled kernels and the KV cache: per layer bytes (K, S, row), as `cache_rows.py` says."""
 
     name = "cpu"
 
     def __init__(self, context: int, kv_format: str, threads: int | None, progress: Progress | None = None) -> None:
-        """`threads` None takes the physical cores this process may use. Raises SettingError for fewer than 1 or more
-        than 256."""
+        """`threads` None takes the quick physical cores that this process may use. Raises SettingError for fewer than 1
+        or more than 256."""
         if threads is not None and not 1 <= threads <= 256:
             raise SettingError(f"{threads} threads are not possible; 1 to 256 are")
         self.context = context
-        self.kv_type = np.dtype(np.float16 if kv_format == "f16" else np.float32)
+        self.kv = KV_FORMATS[kv_format]
         self.progress = progress
         self.kernels = Kernels(host_isa())
         self.threads = threads or default_threads()
         self.team: Team | None = None
-        self._caches: dict[int, tuple[npt.NDArray[np.generic], npt.NDArray[np.generic] | None]] = {}
+        self._caches: dict[int, tuple[Bytes, Bytes | None]] = {}
         self._tables: dict[int, tuple[RopeTable, Floats]] = {}
 
     def compile(self, program: Program) -> CpuPlan:
@@ -62,10 +62,9 @@ class CpuDevice:
         They are lowered over arrays that have a shape and hardly any memory: no weight is read, no kernel compiled.
         """
         device = cls(context, kv_format, threads)
-        zero, angle = np.zeros(1, device.kv_type), np.zeros(1, np.float32)
+        zero, angle = np.zeros(1, np.uint8), np.zeros(1, np.float32)
         for layer in programs[0].cache:
-            widths = [padded(width) for width in (layer.key_width, layer.value_width) if width is not None]
-            arrays = [np.broadcast_to(zero, (layer.heads, context, width)) for width in widths]
+            arrays = [np.broadcast_to(zero, shape) for shape in device._cache_shapes(layer)]
             device._caches[layer.index] = (arrays[0], arrays[1] if len(arrays) > 1 else None)
         for table in (op.attributes["table"] for program in programs for op in program.ops if op.name == "rope"):
             shape = (context, table.inverse_frequencies.size, 2)
@@ -85,14 +84,17 @@ class CpuDevice:
             self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
         self.team.run(tape.ctypes.data, len(tape))
 
-    def cache(self, layer: CacheLayer) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic] | None]:
-        """The arrays of one layer; pages come into being when they are written."""
+    def cache(self, layer: CacheLayer) -> tuple[Bytes, Bytes | None]:
+        """Keys and values of one layer (None: values are a prefix of keys); pages come into being when they are
+        written."""
         if layer.index not in self._caches:
-            keys = zeros((layer.heads, self.context, padded(layer.key_width)), self.kv_type)
-            width = layer.value_width
-            values = None if width is None else zeros((layer.heads, self.context, padded(width)), self.kv_type)
-            self._caches[layer.index] = (keys, values)
+            arrays: list[Bytes] = [zeros(shape, np.dtype(np.uint8)) for shape in self._cache_shapes(layer)]
+            self._caches[layer.index] = (arrays[0], arrays[1] if len(arrays) > 1 else None)
         return self._caches[layer.index]
+
+    def _cache_shapes(self, layer: CacheLayer) -> list[tuple[int, int, int]]:
+        widths = [width for width in (layer.key_width, layer.value_width) if width is not None]
+        return [(layer.heads, self.context, self.kv.row_nbytes(cache_row(width, self.kv))) for width in widths]
 
     def rope_table(self, table: RopeTable) -> Floats:
         """(S, n, 2): cos and sin of every position of the context, as the reference computes them."""
@@ -167,7 +169,7 @@ class CpuPlan:
         return self._arena[offset : offset + count * kind.itemsize].view(kind)
 
 
-def zeros(shape: tuple[int, ...], kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+def zeros(shape: tuple[int, ...], kind: np.dtype[Any]) -> npt.NDArray[Any]:
     """np.zeros whose first element stands at a multiple of 64 bytes; untouched pages take no memory."""
     count = int(np.prod(shape))
     raw = np.zeros(count * kind.itemsize + ALIGNMENT, np.uint8)

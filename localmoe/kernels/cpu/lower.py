@@ -239,11 +239,6 @@ def line_nbytes(nbytes: int) -> int:
     return -(-nbytes // LINE) * LINE
 
 
-def padded(width: int) -> int:
-    """Cache rows are padded to whole vectors of 16 elements."""
-    return -(-width // 16) * 16
-
-
 LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "embed": activation.lower_embed,
     "rms_norm": norm.lower_rms_norm,

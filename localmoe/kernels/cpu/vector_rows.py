@@ -1,16 +1,20 @@
 """Vector operations on rows of numbers, for attention: queries times keys, the exp of a softmax, weighted sums of rows.
 
-Imports numba: to be imported only where something must be compiled.
+Rows are F32, F16 or Q8_0, which only `_columns` and `_scale` tell apart. Imports numba: to be imported only where
+something must be compiled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from localmoe.formats import Format
+from localmoe.kernels.cpu.cache_rows import SCALE_NBYTES
 from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import F32, I32, I64, Lowering, call, operation, shuffled, spread
 from localmoe.kernels.cpu.vector_maths import fused
@@ -30,11 +34,29 @@ def _vector(b: ir.IRBuilder, place: ir.Value, offset: int, of: ir.Type) -> ir.Va
     return b.load(b.gep(place, [I64(offset)], source_etype=I8), align=1, typ=of)
 
 
-def _floats(b: ir.IRBuilder, isa: Isa, place: ir.Value, offset: int, element: int) -> ir.Value:
-    """A vector of float32 from memory of float32 (element 4) or float16 (element 2)."""
-    if element == 4:
+def span(isa: Isa, format: Format) -> int:
+    """Columns of a row that are read in one turn: whole vectors, and whole blocks."""
+    return max(isa.lanes, format.elements)
+
+
+def _columns(b: ir.IRBuilder, isa: Isa, place: ir.Value, format: Format, column: int) -> ir.Value:
+    """A vector of float32 from a column of whole blocks at `place`; the block's scale, if it has one, is left out."""
+    block, inside = divmod(column, format.elements)
+    offset = block * format.nbytes
+    if format.name == "F32":
         return _vector(b, place, offset, ir.VectorType(F32, isa.lanes))
-    return half_to_float(b, isa, _vector(b, place, offset, ir.VectorType(I16, isa.lanes)))
+    if format.name == "F16":
+        return half_to_float(b, isa, _vector(b, place, offset, ir.VectorType(I16, isa.lanes)))
+    quants = _vector(b, place, offset + SCALE_NBYTES + inside, ir.VectorType(I8, isa.lanes))
+    return b.sitofp(quants, ir.VectorType(F32, isa.lanes))
+
+
+def _scale(b: ir.IRBuilder, isa: Isa, place: ir.Value, format: Format, column: int) -> ir.Value | None:
+    """The float16 scale of the block of a column, in every lane of float32; None where values stand for themselves."""
+    if format.elements == 1:
+        return None
+    bits = _vector(b, place, column // format.elements * format.nbytes, I16)
+    return spread(b, half_to_float(b, isa, bits), isa.lanes)
 
 
 def _prefetch(b: ir.IRBuilder, place: ir.Value, ahead: ir.Value, nbytes: int) -> None:
@@ -83,20 +105,33 @@ def softmax_exp(isa: Isa) -> Any:
     return exp
 
 
-def products(isa: Isa, queries: int, element: int, out_stride: int) -> Any:
-    """`products(isa, queries, element, out_stride)` in the factory: queries · keys == lanes inner products at once.
+def products(isa: Isa, queries: int, format: Format, out_stride: int) -> Any:
+    """`products(isa, queries, format, out_stride)` in the factory: queries · keys == lanes inner products at once.
 
-    name(q, q_stride, rows, row_stride, last, vectors, out, ahead): float32 out[i, j] = q[i] · rows[min(j, last)], for
-    rows of `vectors` whole vectors of float16 (element 2) or float32; strides in bytes. Rows lie without gaps, and as
-    much as they hold is prefetched from `ahead` bytes behind them.
+    name(q, q_stride, rows, row_stride, last, spans, out, ahead): float32 out[i, j] = q[i] · rows[min(j, last)], for
+    rows of `spans` times `span` columns; strides in bytes. Rows lie without gaps, and as much as they hold is
+    prefetched from `ahead` bytes behind them.
     """
-    lanes, keys = isa.lanes, isa.lanes // queries
+    lanes, keys, columns = isa.lanes, isa.lanes // queries, span(isa, format)
     cells = [(i, j) for i in range(queries) for j in range(keys)]
+    starts, nbytes = range(0, columns, lanes), format.row_nbytes(columns)
     floats = ir.VectorType(F32, lanes)
+
+    def add(b: ir.IRBuilder, place: ir.Value, query: list[list[ir.Value]], sums: list[ir.Value]) -> None:
+        """A span of one row times that of every query; a scale goes to what is fewer, columns or sums."""
+        scale = _scale(b, isa, place, format, 0)
+        values = [_columns(b, isa, place, format, c) for c in starts]
+        if scale is not None and queries >= len(starts):
+            values, scale = [b.fmul(value, scale) for value in values], None
+        for one, held in zip(query, sums, strict=True):
+            total = b.load(held) if scale is None else b.fmul(one[0], values[0])
+            for m in range(0 if scale is None else 1, len(starts)):
+                total = fused(b, isa, one[m], values[m], total)
+            b.store(total if scale is None else fused(b, isa, total, scale, b.load(held)), held)
 
     @operation
     def inner_products(
-        q: Any, q_stride: Any, rows: Any, row_stride: Any, last: Any, vectors: Any, out: Any, ahead: Any
+        q: Any, q_stride: Any, rows: Any, row_stride: Any, last: Any, spans: Any, out: Any, ahead: Any
     ) -> Defined:
         def lowered(b: ir.IRBuilder, *values: ir.Value) -> ir.Value:
             query, query_step, key, key_step, end, count, target, distance = values
@@ -108,13 +143,11 @@ def products(isa: Isa, queries: int, element: int, out_stride: int) -> Any:
             for cell in cells:
                 b.store(ir.Constant(floats, [0.0] * lanes), held[cell])
             with cgutils.for_range(b, count) as loop:
-                nbytes = keys * lanes * element
-                _prefetch(b, _place(b, key, loop.index, max(nbytes, LINE)), distance, nbytes)
-                one_query = [_vector(b, _place(b, s, loop.index, 4 * lanes), 0, floats) for s in query_starts]
+                _prefetch(b, _place(b, key, loop.index, max(keys * nbytes, LINE)), distance, keys * nbytes)
+                places = [_place(b, s, loop.index, 4 * columns) for s in query_starts]
+                spread_query = [[_vector(b, place, 4 * c, floats) for c in starts] for place in places]
                 for j, start in enumerate(key_starts):
-                    row = _floats(b, isa, _place(b, start, loop.index, element * lanes), 0, element)
-                    for i in range(queries):
-                        b.store(fused(b, isa, one_query[i], row, b.load(held[i, j])), held[i, j])
+                    add(b, _place(b, start, loop.index, nbytes), spread_query, [held[i, j] for i in range(queries)])
             total = _lane_totals(b, [b.load(held[cell]) for cell in cells])
             for i in range(queries):
                 part = shuffled(b, total, total, list(range(i * keys, (i + 1) * keys)))
@@ -126,43 +159,77 @@ def products(isa: Isa, queries: int, element: int, out_stride: int) -> Any:
     return inner_products
 
 
-def weighted_sums(isa: Isa, sets: int, vectors: int, element: int) -> Any:
-    """`weighted_sums(isa, sets, vectors, element)` in the factory: sums of rows, kept in registers.
+def weighted_sums(isa: Isa, sets: int, columns: int, format: Format) -> Any:
+    """`weighted_sums(isa, sets, columns, format)` in the factory: sums of rows, kept in registers.
 
-    name(shares, share_stride, rows, row_stride, count, sums, sums_stride, ahead): for i < sets and the columns c of
-    `vectors` vectors, sums[i, c] += shares[i, k] · rows[k, c] for k < count, in order, all float32 but rows of
-    float16 (element 2); strides in bytes. What stands `ahead` bytes behind a row is prefetched.
+    name(shares, share_stride, rows, row_stride, count, sums, sums_stride, ahead): for i < sets and c < columns,
+    sums[i, c] += shares[i, k] · rows[k, c] for k < count, in order, all float32 but the rows; strides in bytes. What
+    stands `ahead` bytes behind a row is prefetched. Sums that the registers cannot hold take a pass more.
     """
-    nbytes = 4 * isa.lanes
-    cells = [(i, m) for i in range(sets) for m in range(vectors)]
-    floats = ir.VectorType(F32, isa.lanes)
+    width = min(columns, (16 if isa.lanes == 16 else 8) // sets * isa.lanes)
 
     @operation
     def sums_of_rows(
         shares: Any, share_stride: Any, rows: Any, row_stride: Any, count: Any, sums: Any, sums_stride: Any, ahead: Any
     ) -> Defined:
         def lowered(b: ir.IRBuilder, *values: ir.Value) -> ir.Value:
-            share, share_step, row, row_step, number, target, target_step, distance = values
-            places = {(i, m): b.add(b.add(target, b.mul(target_step, I64(i))), I64(m * nbytes)) for i, m in cells}
-            held = {cell: cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * isa.lanes)) for cell in cells}
-            for cell in cells:
-                b.store(fetch(b, places[cell], floats), held[cell])
-            starts = [b.add(share, b.mul(share_step, I64(i))) for i in range(sets)]
-            with cgutils.for_range(b, number) as loop:
-                place = pointer(b, b.add(row, b.mul(loop.index, row_step)), I8)
-                _prefetch(b, place, distance, vectors * isa.lanes * element)
-                columns = [_floats(b, isa, place, m * isa.lanes * element, element) for m in range(vectors)]
-                for i, start in enumerate(starts):
-                    factor = spread(b, _vector(b, _place(b, start, loop.index, 4), 0, F32), isa.lanes)
-                    for m in range(vectors):
-                        b.store(fused(b, isa, factor, columns[m], b.load(held[i, m])), held[i, m])
-            for cell in cells:
-                b.store(b.load(held[cell]), pointer(b, places[cell], floats), align=4)
+            for first in range(0, columns, width):
+                _add_rows(b, isa, sets, range(first, first + width, isa.lanes), format, columns, values)
             return ir.Constant(I8.as_pointer(), None)
 
         return types.void, lowered
 
     return sums_of_rows
+
+
+def _add_rows(
+    b: ir.IRBuilder, isa: Isa, sets: int, strip: range, format: Format, columns: int, values: Sequence[ir.Value]
+) -> None:
+    """A pass of `weighted_sums` over the columns of a strip, each the first of a vector."""
+    share, share_step, row, row_step, number, target, target_step, distance = values
+    floats, blocks = ir.VectorType(F32, isa.lanes), sorted({c // format.elements * format.elements for c in strip})
+    cells = [(i, c) for i in range(sets) for c in strip]
+    places = {(i, c): b.add(b.add(target, b.mul(target_step, I64(i))), I64(4 * c)) for i, c in cells}
+    held = {cell: cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * isa.lanes)) for cell in cells}
+    for cell in cells:
+        b.store(fetch(b, places[cell], floats), held[cell])
+    starts = [b.add(share, b.mul(share_step, I64(i))) for i in range(sets)]
+    with cgutils.for_range(b, number) as loop:
+        place = pointer(b, b.add(row, b.mul(loop.index, row_step)), I8)
+        if strip.start == 0:
+            _prefetch(b, place, distance, format.row_nbytes(columns))
+        parts = {c: _columns(b, isa, place, format, c) for c in strip}
+        scales = {} if format.elements == 1 else {c: _scale(b, isa, place, format, c) for c in blocks}
+        if scales and sets * len(blocks) >= len(strip):  # a scale goes to what is fewer, vectors or factors
+            parts = {c: b.fmul(part, scales[c // format.elements * format.elements]) for c, part in parts.items()}
+            scales = {}
+        for i, start in enumerate(starts):
+            plain = spread(b, _vector(b, _place(b, start, loop.index, 4), 0, F32), isa.lanes)
+            factors = {c: b.fmul(plain, scale) for c, scale in scales.items()}
+            for c, part in parts.items():
+                factor = factors.get(c // format.elements * format.elements, plain)
+                b.store(fused(b, isa, factor, part, b.load(held[i, c])), held[i, c])
+    for cell in cells:
+        b.store(b.load(held[cell]), pointer(b, places[cell], floats), align=4)
+
+
+def widened(isa: Isa, format: Format) -> Any:
+    """`widened(isa, format)` in the factory: name(source, target) writes the float32 of one `span` of a row."""
+
+    @operation
+    def floats_of_span(source: Any, target: Any) -> Defined:
+        def lowered(b: ir.IRBuilder, place: ir.Value, out: ir.Value) -> ir.Value:
+            place, out = pointer(b, place, I8), pointer(b, out, I8)
+            scale = _scale(b, isa, place, format, 0)
+            for c in range(0, span(isa, format), isa.lanes):
+                values = _columns(b, isa, place, format, c)
+                values = values if scale is None else b.fmul(values, scale)
+                b.store(values, b.bitcast(b.gep(out, [I64(4 * c)], source_etype=I8), values.type.as_pointer()), align=4)
+            return ir.Constant(I8.as_pointer(), None)
+
+        return types.void, lowered
+
+    return floats_of_span
 
 
 def outer_products(isa: Isa, rows: int, stride: int, *, across: bool) -> Any:
