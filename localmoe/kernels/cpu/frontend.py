@@ -1,8 +1,8 @@
 """From a kernel's factory to an LLVM module: the operations it is given, Numba without its optimiser; knows no kernel.
 
 `vectors(isa)` gives the module `v` that a factory receives: the kinds of vectors (`vector.py`) and what
-`vector_memory.py`, `vector_maths.py`, `vector_tile.py` and `vector_integer.py` define. Imports numba: to be imported
-only where something must be compiled.
+`vector_memory.py`, `vector_maths.py`, `vector_tile.py`, `vector_integer.py` and `vector_words.py` define. Imports
+numba: to be imported only where something must be compiled.
 """
 
 # Numba's own types are incomplete.
@@ -21,7 +21,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
-from localmoe.kernels.cpu import vector_integer, vector_maths, vector_memory, vector_tile
+from localmoe.kernels.cpu import vector_integer, vector_maths, vector_memory, vector_tile, vector_words
 from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import SCALARS, kind
 
@@ -43,6 +43,7 @@ def vectors(isa: Isa) -> ModuleType:
     members.update(vector_maths.operations(isa))
     members.update(vector_tile.operations(isa))
     members.update(vector_integer.operations(isa))
+    members.update(vector_words.operations(isa))
     for name, member in members.items():
         setattr(v, name, member)
     return v
@@ -74,7 +75,8 @@ def lower(function: Callable[..., None], name: str, arguments: int, isa: Isa) ->
         cpu_target.typing_context, context, function, (types.int64,) * arguments, types.void, flags, {}, library=library
     )
     library.finalize()
-    module = llvm.parse_assembly(f"{library.get_llvm_str()}\n{_entry(name, compiled.fndesc.mangled_name, arguments)}")
+    entry = _entry(name, compiled.fndesc.mangled_name, arguments, isa)
+    module = llvm.parse_assembly(f"{library.get_llvm_str()}\n{entry}")
     module.triple = isa.triple
     for symbol in (*module.functions, *module.global_variables):
         if not symbol.is_declaration and symbol.name != name:
@@ -83,12 +85,13 @@ def lower(function: Callable[..., None], name: str, arguments: int, isa: Isa) ->
     return module
 
 
-def _entry(name: str, inner: str, arguments: int) -> str:
+def _entry(name: str, inner: str, arguments: int, isa: Isa) -> str:
     """C entry point over Numba's calling convention: (result address, exception address, arguments) -> status, here
-    always 0."""
+    always 0. LLVM aligns no stack for the registers that it keeps there: those of 64 bytes would cross lines."""
     values = ", ".join(f"i64 %a{i}" for i in range(arguments))
+    aligned = "alignstack(64) " if isa.name == "avx512" else ""
     passed = ", ".join(["ptr %result", "ptr %exception", *(f"i64 %a{i}" for i in range(arguments))])
     return (
-        f'define void @"{name}"({values}) {{\n  %result = alloca ptr\n  %exception = alloca ptr\n'
+        f'define void @"{name}"({values}) {aligned}{{\n  %result = alloca ptr\n  %exception = alloca ptr\n'
         f'  %status = call i32 @"{inner}"({passed})\n  ret void\n}}\n'
     )

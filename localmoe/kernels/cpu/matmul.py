@@ -18,7 +18,9 @@ from localmoe.formats import FORMATS, Format
 from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
     dequantise_grids,
     matmul_avx512,
+    matmul_entries_avx512,
     matmul_grids,
+    matmul_grids_avx512,
     matmul_k,
     matmul_k_avx512,
 )
@@ -45,6 +47,8 @@ FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
         "Q5_K": ("gemv_q5_k", "q8_256"),
         "Q6_K": ("gemv_q6_k", "q8_256"),
         "IQ4_XS": ("gemv_iq4_xs", "q8_256"),
+        "IQ1_S": ("gemv_iq1_s", "q8_256"),
+        "IQ1_M": ("gemv_iq1_m", "q8_256"),
         "IQ2_XXS": ("gemv_iq2_xxs", "q8_256"),
         "IQ2_XS": ("gemv_iq2_xs", "q8_256"),
         "IQ2_S": ("gemv_iq2_s", "q8_256"),

@@ -1,5 +1,5 @@
-"""Matrix times vector on the formats with code books of 4 or 8 values (IQ2, IQ3), for every instruction set; the
-contract is `matmul.py`'s. The signs go to the activations."""
+"""Matrix times vector on the formats with code books of 4 or 8 values (IQ1, IQ2, IQ3), for instruction sets without
+their own kernel; the contract is `matmul.py`'s. The signs go to the activations."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def _odd_scales(v: Any) -> Any:
 
 def _grid_gemv(grid: Grid, v: Any) -> Callable[..., None]:
     thirty_two, odd = grid.read(v), (_odd_scales if grid.halves else _odd_scale)(v)
-    nbytes, fraction = grid.nbytes, grid.fraction
+    nbytes, fraction, size = grid.nbytes, grid.fraction, grid.size(v)
 
     def products(p, j, x, total):
-        values, signs, scales = thirty_two(p, j)
-        negative = v.marked(v.i8x32, signs)
+        values, negative, scales = thirty_two(p, j)
         y = (v.load(v.i8x32, x + 32 * j) ^ negative) - negative
         return v.dot_words(total, v.byte_pairs(values, y), odd(scales))
 
@@ -58,7 +57,7 @@ def _grid_gemv(grid: Grid, v: Any) -> Callable[..., None]:
                 sums, others = v.zero(v.i32x8), v.zero(v.i32x8)
                 for j in range(0, 8, 2):
                     sums, others = products(p, j, x, sums), products(p, j + 1, x, others)
-                d = v.load_half(v.float32, p) * v.load(v.float32, sizes + block * 4) * np.float32(fraction)
+                d = size(p) * v.load(v.float32, sizes + block * 4) * np.float32(fraction)
                 total = v.fma(v.convert(v.f32x8, sums + others), v.splat(v.f32x8, d), total)
             v.store(out + row * 4, v.total(total))
 

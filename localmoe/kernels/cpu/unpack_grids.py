@@ -1,4 +1,4 @@
-"""Rows of the formats with code books of 4 or 8 values (IQ2, IQ3) as bytes and scales; contract as `unpack.py`."""
+"""Rows of the formats with code books of 4 or 8 values (IQ1, IQ2, IQ3) as bytes and scales; contract as `unpack.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from localmoe.kernels.cpu.unpack import offset, unpacks
 
 def _grid_block(grid: Grid, v: Any) -> Any:
     thirty_two, added, halves, fraction = grid.read(v), offset(v.isa), grid.halves, np.float32(grid.fraction)
+    size = grid.size(v)
 
     def odd(scale):
         return np.float32(2 * np.int64(scale) + 1)
@@ -20,10 +21,10 @@ def _grid_block(grid: Grid, v: Any) -> Any:
     odd = v.function(odd)
 
     def block(p, quants, scales, lows):
-        d = v.load_half(v.float32, p) * fraction
+        d = size(p) * fraction
         for j in range(8):
-            values, signs, scale = thirty_two(p, j)
-            negative = v.marked(v.u8x32, signs)
+            values, negative, scale = thirty_two(p, j)
+            negative = v.bits(v.u8x32, negative)
             v.store(quants + 32 * j, ((values ^ negative) - negative) + added)
             if halves:
                 v.store(scales + 8 * j, d * odd(scale & 15))
