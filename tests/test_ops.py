@@ -25,7 +25,7 @@ from programs import (
 from localmoe.formats import KV_FORMATS
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.isa import runnable
-from localmoe.kernels.ops import Ops
+from localmoe.kernels.ops import GLU_KINDS, Ops
 from localmoe.kernels.program import RopeTable, Router, Temperature, Tensor
 
 EXACT = 1e-5  # float32 sums in another order
@@ -92,6 +92,20 @@ def _(ops: Ops, random: Random) -> Tensor:
 @case("rms_norm of a part of each head")
 def _(ops: Ops, random: Random) -> Tensor:
     return ops.rms_norm(rows(ops, random, 96).heads(4).columns(7, 20), weight(random, (13,)), 1e-6).flat()
+
+
+for _width in (1, 24, 40, 257):
+
+    @case(f"layer_norm of rows {_width} wide")
+    def _(ops: Ops, random: Random, width: int = _width) -> Tensor:
+        x = given(ops, random.standard_normal((VOCABULARY, width)) + 3)
+        return ops.layer_norm(x, weight(random, (width,)), weight(random, (width,), "F16"), 1e-5)
+
+
+@case("layer_norm of parts of heads, each head with its own weight and no bias")
+def _(ops: Ops, random: Random) -> Tensor:
+    part = rows(ops, random, 96).heads(4).columns(7, 20)
+    return ops.layer_norm(part, weight(random, (4, 13)), None, 1e-5).flat()
 
 
 for _format, _height, _width in (
@@ -184,7 +198,19 @@ def _(ops: Ops, random: Random) -> Tensor:
     return ops.add(heads.flat(), total)
 
 
-for _kind in ("silu", "sigmoid"):
+@case("gelu, scale and softcap of rows, of columns and of heads")
+def _(ops: Ops, random: Random) -> Tensor:
+    x = given(ops, random.standard_normal((VOCABULARY, 72)) * 20)
+    a, b = ops.gelu(x.columns(1, 70)), ops.softcap(x.heads(3).columns(0, 23), 8.0)
+    return ops.add(ops.scale(a, -0.3), b.flat())
+
+
+@case("add_positions")
+def _(ops: Ops, random: Random) -> Tensor:
+    return ops.add_positions(rows(ops, random, 41), weight(random, (CONTEXT, 41), "F16"))
+
+
+for _kind in GLU_KINDS:
 
     @case(f"glu {_kind}")
     def _(ops: Ops, random: Random, kind: str = _kind) -> Tensor:

@@ -24,7 +24,7 @@ from localmoe.kernels.program import (
     contiguous,
 )
 
-GLU_KINDS = ("silu", "sigmoid")
+GLU_KINDS = ("silu", "sigmoid", "gelu", "clamped_swish")
 SCORES = ("softmax", "sigmoid")
 
 
@@ -72,6 +72,14 @@ class Ops:
         2019."""
         self.check(weight is None or weight.shape == x.shape[-1:], "rms_norm", "width", x, weight)
         return self.record("rms_norm", (x,), (self.new(x.shape),), (weight,) if weight else (), epsilon=epsilon)[0]
+
+    def layer_norm(self, x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
+        """(x - mean(x)) / sqrt(var(x) + ε) · weight + bias over the last axis -> shape of x. Ba et al. 2016. Heads
+        (T, H, d) may have a weight each, (H, d)."""
+        fits = weight.shape in (x.shape[-1:], x.shape[1:]) and (bias is None or bias.shape == weight.shape)
+        self.check(fits, "layer_norm", "width", x, weight, bias)
+        weights = (weight,) if bias is None else (weight, bias)
+        return self.record("layer_norm", (x,), (self.new(x.shape),), weights, epsilon=epsilon)[0]
 
     def linear(self, x: Tensor, weight: Weight, bias: Weight | None = None, *, exact: bool = False) -> Tensor:
         """x (T, K) times weight (N, K) transposed, plus bias (N,) -> (T, N)."""
@@ -125,8 +133,24 @@ class Ops:
         self.record("attention", (q,), (out,), cache=cache, scale=scale, window=window, temperature=temperature)
         return out
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 -> shape of x. Hendrycks & Gimpel 2016, their approximation."""
+        return self.record("gelu", (x,), (self.new(x.shape),))[0]
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """x · factor -> shape of x."""
+        return self.record("scale", (x,), (self.new(x.shape),), factor=factor)[0]
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap · tanh(x / cap) -> shape of x. Gemma Team 2024, section 2."""
+        return self.record("softcap", (x,), (self.new(x.shape),), cap=cap)[0]
+
     def glu(self, gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
-        """act(gate) · up -> shape of up; a gate of width 1 is spread over the row. Shazeer 2020."""
+        """act(gate) · up -> shape of up; a gate of width 1 is spread over the row. Shazeer 2020.
+
+        "silu": gate · sigmoid(gate); "sigmoid"; "gelu": as `gelu`; "clamped_swish": with gate at most 7 and up within
+        ±7, gate · sigmoid(1.702 gate) · (up + 1) (gpt-oss).
+        """
         self.check(kind in GLU_KINDS and gate.shape in (up.shape, (up.shape[0], 1)), "glu", kind, gate, up)
         return self.record("glu", (gate, up), (self.new(up.shape),), kind=kind)[0]
 
@@ -161,6 +185,11 @@ class Ops:
         """a + b, same shapes."""
         self.check(a.shape == b.shape, "add", "shapes differ", a, b)
         return self.record("add", (a, b), (self.new(a.shape),))[0]
+
+    def add_positions(self, x: Tensor, weight: Weight) -> Tensor:
+        """x (T, D) plus the rows of weight (S, D) of the tokens' positions; S bounds the context -> (T, D)."""
+        self.check(weight.columns == x.shape[1], "add_positions", "width", x, weight)
+        return self.record("add_positions", (x,), (self.new(x.shape),), (weight,))[0]
 
     def logit_rows(self, x: Tensor) -> Tensor:
         """(T, D) -> the rows whose logits are wanted: the step's last token (1, D), or all of them when scoring."""

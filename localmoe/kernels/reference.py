@@ -136,6 +136,17 @@ def rms_norm(device: ReferenceDevice, op: Op, inputs: list[Array], position: int
     return [y * values(op.weights[0]) if op.weights else y]
 
 
+def layer_norm(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    x = inputs[0].astype(np.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    y = (
+        x
+        / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(op.attributes["epsilon"]))
+        * values(op.weights[0])
+    )
+    return [y + values(op.weights[1]) if len(op.weights) > 1 else y]
+
+
 def linear(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
     flags: tuple[bool, ...] = op.attributes["biased"]
     biases = iter(op.weights[len(flags) :])
@@ -202,15 +213,45 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
     return [np.einsum("kgts,ksd->tkgd", weights, v).reshape(tokens, q.shape[1], -1)]
 
 
-def activate(kind: str, x: Array) -> Array:
-    """silu(x) = x · sigmoid(x), or sigmoid(x)."""
+def sigmoid(x: Array) -> Array:
     with np.errstate(over="ignore"):
-        sigmoid = 1 / (1 + np.exp(-x.astype(np.float32)))
-    return np.asarray(x * sigmoid if kind == "silu" else sigmoid)
+        return np.asarray(1 / (1 + np.exp(-x.astype(np.float32))))
+
+
+def gated(kind: str, gate: Array, up: Array) -> Array:
+    """`Ops.glu` on arrays."""
+    if kind == "clamped_swish":
+        gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
+        return np.asarray(gate * sigmoid(np.float32(1.702) * gate) * (up + 1))
+    if kind == "gelu":
+        return np.asarray(_gelu(gate) * up)
+    return np.asarray((gate * sigmoid(gate) if kind == "silu" else sigmoid(gate)) * up)
+
+
+def _gelu(x: Array) -> Array:
+    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x**3)
+    return np.asarray(np.float32(0.5) * x * (1 + np.tanh(inner)), np.float32)
 
 
 def glu(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
-    return [activate(op.attributes["kind"], inputs[0]) * inputs[1]]
+    return [gated(op.attributes["kind"], *inputs)]
+
+
+def gelu(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [_gelu(inputs[0])]
+
+
+def scale(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [inputs[0] * np.float32(op.attributes["factor"])]
+
+
+def softcap(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    cap = np.float32(op.attributes["cap"])
+    return [cap * np.tanh(inputs[0] / cap)]
+
+
+def add_positions(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    return [inputs[0] + values(op.weights[0])[position : position + len(inputs[0])]]
 
 
 def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDArray[np.int32], Floats]:
@@ -219,7 +260,7 @@ def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDA
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
     else:
-        scores = activate("sigmoid", logits)
+        scores = sigmoid(logits)
     standing = scores if bias is None else scores + bias
     if router.groups > 1:
         by_group = standing.reshape(len(logits), router.groups, -1)
@@ -247,7 +288,7 @@ def experts(device: ReferenceDevice, op: Op, inputs: list[Array], position: int)
     out = np.zeros_like(x)
     for e in np.unique(ids):
         rows, columns = np.nonzero(ids == e)
-        hidden = activate(op.attributes["kind"], x[rows] @ matrix(gate, e).T) * (x[rows] @ matrix(up, e).T)
+        hidden = gated(op.attributes["kind"], x[rows] @ matrix(gate, e).T, x[rows] @ matrix(up, e).T)
         out[rows] += shares[rows, columns, None] * (hidden @ matrix(down, e).T)
     return [out]
 
@@ -265,6 +306,7 @@ _TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]
     for f in (
         embed,
         rms_norm,
+        layer_norm,
         linear,
         head_linear,
         rope,
@@ -272,9 +314,13 @@ _TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]
         cache_append,
         attention,
         glu,
+        gelu,
+        scale,
+        softcap,
         route,
         experts,
         add,
+        add_positions,
         last_row,
     )
 }

@@ -1,18 +1,20 @@
-"""Element-wise ops and copies on the cpu: embed, glu, add, concat, last_row; the contracts are in `ops.Ops`.
+"""Element-wise ops and copies on the cpu; the contracts are in `ops.Ops`.
 
 Buffers end on whole 64-byte lines, so flat ops work in whole vectors and may write up to the end of the last line.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localmoe.kernels.cpu.arguments import At, Function, row_count, share, slots
+from localmoe.kernels.cpu.arguments import At, Function, row_count, share, slots, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.matmul import dequantise_kernel
+from localmoe.kernels.ops import GLU_KINDS
 from localmoe.kernels.program import Op
 
 if TYPE_CHECKING:
@@ -33,41 +35,117 @@ def embed(v: Any) -> Any:
     return run
 
 
-def _glu(v: Any, silu: bool) -> Any:
-    slot, rows, part = slots(v), row_count(v), share(v)
-
-    def activate(gate):
+def _sigmoid(v: Any) -> Any:
+    def sigmoid(x):
         one = v.splat(v.f32, np.float32(1))
-        sigmoid = one / (one + v.exp(-gate))
-        return gate * sigmoid if silu else sigmoid
+        return one / (one + v.exp(-x))
 
-    activated = v.function(activate)
+    return v.function(sigmoid)
+
+
+def _gelu(v: Any) -> Any:
+    """x (1 + tanh(z)) / 2 is x · sigmoid(2 z)."""
+    sigmoid, twice = _sigmoid(v), np.float32(2 * (2 / np.pi) ** 0.5)
+
+    def gelu(x):
+        return x * sigmoid((x + x * x * x * np.float32(0.044715)) * twice)
+
+    return v.function(gelu)
+
+
+def _gate(v: Any, kind: str) -> Any:
+    """(gate, up) -> what `Ops.glu` of that kind makes of them."""
+    sigmoid, gelu = _sigmoid(v), _gelu(v)
+
+    def clamped_swish(gate, up):
+        seven = v.splat(v.f32, np.float32(7))
+        gate, up = v.minimum(gate, seven), v.maximum(v.minimum(up, seven), -seven)
+        return gate * sigmoid(gate * np.float32(1.702)) * (up + np.float32(1))
+
+    kinds = {
+        "silu": lambda gate, up: gate * sigmoid(gate) * up,
+        "sigmoid": lambda gate, up: sigmoid(gate) * up,
+        "gelu": lambda gate, up: gelu(gate) * up,
+        "clamped_swish": clamped_swish,
+    }
+    return v.function(kinds[kind])
+
+
+def _glu(kind: str, v: Any) -> Any:
+    slot, rows, part, gated = slots(v), row_count(v), share(v), _gate(v, kind)
 
     def run(a, thread, threads):
         tokens, gate, up, out, width = rows(a), slot(a, 2), slot(a, 3), slot(a, 4), slot(a, 5)
         if slot(a, 6) == 1:
             for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-                factor = v.largest(activated(v.splat(v.f32, v.load(v.float32, gate + 4 * t))))
-                for i in range(t * width, (t + 1) * width):
-                    v.store(out + 4 * i, v.load(v.float32, up + 4 * i) * factor)
+                spread = v.splat(v.f32, v.load(v.float32, gate + 4 * t))
+                whole = (t + 1) * width - width % v.lanes
+                for i in range(t * width, whole, v.lanes):
+                    v.store(out + 4 * i, gated(spread, v.load(v.f32, up + 4 * i)))
+                for i in range(whole, (t + 1) * width):
+                    v.store(out + 4 * i, v.largest(gated(spread, v.splat(v.f32, v.load(v.float32, up + 4 * i)))))
         else:
             start, stop = part(tokens * width, thread, threads)
             for at in range(4 * start, 4 * stop, 4 * v.lanes):
-                v.store(out + at, activated(v.load(v.f32, gate + at)) * v.load(v.f32, up + at))
+                v.store(out + at, gated(v.load(v.f32, gate + at), v.load(v.f32, up + at)))
 
     return run
 
 
-@kernel("glu_silu", 3)
-def glu_silu(v: Any) -> Any:
-    """Arguments: control, rows, gate, up, out, width, 1 if the gate is one value a row. gate · sigmoid(gate) · up."""
-    return _glu(v, silu=True)
+for _kind in GLU_KINDS:
+    # Arguments: control, rows, gate, up, out, width, 1 if the gate is one value a row.
+    kernel(f"glu_{_kind}", 3)(partial(_glu, _kind))
 
 
-@kernel("glu_sigmoid", 3)
-def glu_sigmoid(v: Any) -> Any:
-    """As glu_silu, with sigmoid(gate) · up."""
-    return _glu(v, silu=False)
+def _each(v: Any, function: Any) -> Any:
+    """Arguments: control, rows, x, out, width, a float32 for `function(x, number)`, which is applied to every
+    element."""
+    slot, rows, part, applied = slots(v), row_count(v), share(v), v.function(function)
+
+    def run(a, thread, threads):
+        start, stop = part(rows(a) * slot(a, 4), thread, threads)
+        number = v.splat(v.f32, v.load(v.float32, a + 40))
+        for at in range(4 * start, 4 * stop, 4 * v.lanes):
+            v.store(slot(a, 3) + at, applied(v.load(v.f32, slot(a, 2) + at), number))
+
+    return run
+
+
+@kernel("gelu", 3)
+def gelu(v: Any) -> Any:
+    curve = _gelu(v)
+    return _each(v, lambda x, number: curve(x))
+
+
+@kernel("scale", 3)
+def scale(v: Any) -> Any:
+    return _each(v, lambda x, factor: x * factor)
+
+
+@kernel("softcap", 3)
+def softcap(v: Any) -> Any:
+    """cap · tanh(x / cap), and tanh(z) is 1 - 2 / (exp(2 z) + 1)."""
+
+    def capped(x, cap):
+        one = v.splat(v.f32, np.float32(1))
+        two = one + one
+        return cap * (one - two / (v.exp(two * x / cap) + one))
+
+    return _each(v, capped)
+
+
+@kernel("add_positions", 3)
+def add_positions(v: Any) -> Any:
+    """Arguments: control, rows, x, out, width, weights (float32, a row for each position)."""
+    slot, rows, part, position = slots(v), row_count(v), share(v), step_position(v)
+
+    def run(a, thread, threads):
+        start, stop = part(rows(a) * slot(a, 4), thread, threads)
+        weights = slot(a, 5) + 4 * position(a) * slot(a, 4)
+        for i in range(start, stop):
+            v.store(slot(a, 3) + 4 * i, v.load(v.float32, slot(a, 2) + 4 * i) + v.load(v.float32, weights + 4 * i))
+
+    return run
 
 
 @kernel("add", 3)
@@ -129,6 +207,17 @@ def lower_glu(lowering: Lowering, op: Op) -> None:
     place: tuple[At, ...] = (lowering.side_by_side(gate), lowering.side_by_side(up), lowering.at(out))
     width = prod(up.shape[1:])
     lowering.emit(f"glu_{op.attributes['kind']}", up, *place, width, int(gate.shape != up.shape))
+
+
+def lower_each(lowering: Lowering, op: Op) -> None:
+    (x,), (out,) = op.inputs, op.outputs
+    number = float(op.attributes.get("factor", op.attributes.get("cap", 0.0)))
+    lowering.emit(op.name, x, lowering.side_by_side(x), lowering.at(out), prod(x.shape[1:]), number)
+
+
+def lower_add_positions(lowering: Lowering, op: Op) -> None:
+    (x,), (out,), (weight,) = op.inputs, op.outputs, op.weights
+    lowering.emit("add_positions", x, lowering.side_by_side(x), lowering.at(out), x.shape[1], lowering.floats(weight))
 
 
 def lower_add(lowering: Lowering, op: Op) -> None:

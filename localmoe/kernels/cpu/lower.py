@@ -28,6 +28,7 @@ CONTROL_SLOTS = 8
 LINE = 64
 
 
+BY_FLOATS = ("add", "add_positions", "gelu", "glu", "scale", "softcap")  # element by element
 ADDRESS_OF_CONTROL = At(-1)
 Split = str | tuple[str, int]
 
@@ -213,10 +214,11 @@ def split(op: Op, private: frozenset[int]) -> Split | None:
     out = op.outputs[0] if op.outputs else op.inputs[0]
     if op.name == "experts" or out.buffer in private or (op.name == "linear" and linear.by_vectors(op)):
         return "whole"
-    if op.name in ("rms_norm", "rope", "concat", "cache_append", "head_linear"):
+    if op.name in ("rms_norm", "layer_norm", "rope", "concat", "cache_append", "head_linear"):
         return ("heads", out.shape[1] if len(out.shape) == 3 else 1)
     side_by_side = all(t.offset == 0 and t.strides == contiguous(t.shape) for t in op.inputs)
-    if op.name in ("add", "glu") and side_by_side and len({t.shape for t in op.inputs}) == 1:
+    same = len({t.shape for t in op.inputs}) == 1
+    if op.name in BY_FLOATS and side_by_side and same:
         return floats(out)
     return None
 
@@ -231,7 +233,7 @@ def private_buffers(program: Program) -> frozenset[int]:
         return frozenset()
     others = [op for op in program.ops if op.name != "experts" and not (op.name == "linear" and linear.by_vectors(op))]
     readers = {t.buffer for op in others for t in op.inputs}
-    norms = {op.outputs[0].buffer for op in program.ops if op.name == "rms_norm" and len(op.outputs[0].shape) == 2}
+    norms = {op.outputs[0].buffer for op in program.ops if op.name.endswith("_norm") and len(op.outputs[0].shape) == 2}
     return frozenset(norms - readers - {program.output.buffer})
 
 
@@ -241,7 +243,8 @@ def line_nbytes(nbytes: int) -> int:
 
 LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "embed": activation.lower_embed,
-    "rms_norm": norm.lower_rms_norm,
+    "rms_norm": norm.lower_norm,
+    "layer_norm": norm.lower_norm,
     "linear": linear.lower_linear,
     "head_linear": linear.lower_head_linear,
     "rope": rope.lower_rope,
@@ -249,8 +252,12 @@ LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "cache_append": attention.lower_cache_append,
     "attention": attention.lower_attention,
     "glu": activation.lower_glu,
+    "gelu": activation.lower_each,
+    "scale": activation.lower_each,
+    "softcap": activation.lower_each,
     "route": router.lower_route,
     "experts": experts.lower_experts,
     "add": activation.lower_add,
+    "add_positions": activation.lower_add_positions,
     "last_row": activation.lower_last_row,
 }
