@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from programs import VOCABULARY, cache_rows, cache_values, distance, given, ids
+from programs import VOCABULARY, cache_rows, cache_values, distance, exactly, given, ids
 
 from localmoe.formats import KV_FORMATS
 from localmoe.kernels.cpu.attention_decode import CHUNK, HEADS
@@ -36,6 +36,9 @@ class Layer:
     window: int = 0
     temperature: Temperature | None = None
     scale: float = 0.2
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
 
     @property
     def values(self) -> int:
@@ -44,6 +47,9 @@ class Layer:
     def queries(self) -> npt.NDArray[np.float32]:
         random = np.random.default_rng(self.heads)
         return random.standard_normal((VOCABULARY, self.heads * self.width)).astype(np.float32)
+
+    def sink_logits(self) -> npt.NDArray[np.float32]:
+        return np.linspace(-9, 9, self.heads, dtype=np.float32)  # some far below every score, some far above
 
     def program(self, tokens: int) -> Program:
         def forward(ops: Ops) -> Tensor:
@@ -54,8 +60,9 @@ class Layer:
             value = None if self.value_width is None else rows(self.value_width)
             layer = ops.cache.append(rows(self.width), value, value_prefix=self.prefix)
             q = given(ops, self.queries()).heads(self.heads)
-            how = {"scale": self.scale, "window": self.window, "temperature": self.temperature}
-            return ops.attention(q, layer, **how).flat()  # type: ignore[arg-type]
+            how = {"scale": self.scale, "window": self.window, "temperature": self.temperature, "chunk": self.chunk}
+            sinks = exactly(self.sink_logits()) if self.sinks else None
+            return ops.attention(q, layer, softcap=self.softcap, sinks=sinks, **how).flat()  # type: ignore[arg-type]
 
         return trace(forward, tokens, all_rows=True)
 
@@ -65,7 +72,7 @@ class Layer:
         keys, values = (x if x is None else cache_values(x, device.kv, d) for x, d in zip(stored, widths, strict=True))
         group, rows = self.heads // self.kv_heads, []
         for at, token in zip(range(position, position + tokens), ids(tokens, position), strict=True):
-            first = max(0, at + 1 - self.window) if self.window else 0
+            first = max(0, at + 1 - self.window) if self.window else at // self.chunk * self.chunk if self.chunk else 0
             warmth, t = self.scale, self.temperature
             if t:
                 warmth *= 1 + t.scale * np.log1p(at // t.length)
@@ -73,8 +80,13 @@ class Layer:
             k = keys[:, first : at + 1]
             v = (keys if values is None else values)[:, first : at + 1, : self.values]
             scores = warmth * np.einsum("kgd,ksd->kgs", q, k)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            rows.append(np.einsum("kgs,ksd->kgd", weights / weights.sum(-1, keepdims=True), v).reshape(-1))
+            if self.softcap:
+                scores = self.softcap * np.tanh(scores / self.softcap)
+            peak = scores.max(-1, keepdims=True)
+            weights, others = np.exp(scores - peak), 0.0
+            if self.sinks:
+                others = np.exp(self.sink_logits().astype(np.float64).reshape(self.kv_heads, group, 1) - peak)
+            rows.append(np.einsum("kgs,ksd->kgd", weights / (weights.sum(-1, keepdims=True) + others), v).reshape(-1))
         return np.array(rows)
 
 
@@ -181,6 +193,26 @@ def test_a_window_may_begin_and_end_anywhere(bench: type[Bench], isa: str, windo
         assert one.error(1, 1, position) <= EXACT, position
     for position in (0, BLOCK - 5, CHUNK - 30, CONTEXT - 50):
         assert one.error(50, 50, position) <= EXACT, position
+
+
+@each_isa
+@pytest.mark.parametrize("chunk", [1, 7, BLOCK, 100, CHUNK + 3, CONTEXT])
+def test_a_chunk_hides_what_is_before_its_multiple(bench: type[Bench], isa: str, chunk: int) -> None:
+    one = bench(Layer(6, 2, chunk=chunk, temperature=Temperature(0.3, 50)), isa)
+    for position in (*BORDERS, chunk - 1, min(chunk, CONTEXT - 1)):
+        assert one.error(1, 1, position) <= EXACT, position
+    for position in (0, BLOCK - 5, CHUNK - 30, CONTEXT - 50):
+        assert one.error(50, 50, position) <= EXACT, position
+
+
+@each_isa
+@pytest.mark.parametrize("layer", [Layer(), Layer(9, 3, window=70), LATENT], ids=["grouped", "window", "latent"])
+def test_softcaps_and_sinks_are_part_of_the_softmax(bench: type[Bench], isa: str, layer: Layer) -> None:
+    for more in ({"softcap": 1.5}, {"sinks": True}, {"softcap": 3.0, "sinks": True}):
+        one = bench(replace(layer, **more), isa)
+        for position in (0, 1, BLOCK, CHUNK, 2 * CHUNK + 5):
+            assert one.error(1, 1, position) <= EXACT, (more, position)
+            assert one.error(40, 37, position) <= EXACT, (more, position)
 
 
 @each_isa

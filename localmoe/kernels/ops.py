@@ -121,16 +121,25 @@ class Ops:
         *,
         scale: float,
         window: int = 0,
+        chunk: int = 0,
         temperature: Temperature | None = None,
+        softcap: float = 0.0,
+        sinks: Weight | None = None,
     ) -> Tensor:
         """Causal softmax attention of q (T, H, dk) over everything in the cache layer, this step included -> (T, H,
         dv).
 
-        Head h reads kv-head h // (H / K). `window` > 0: a query sees its last `window` positions only, itself included.
+        Head h reads kv-head h // (H / K). `window` > 0: a query sees its last `window` positions only, itself included;
+        `chunk` > 0: those from the last multiple of `chunk` on (Llama 4). `softcap` > 0: scores become softcap ·
+        tanh(score / softcap). `sinks` (H,): one more logit for each head, in the softmax's sum but without a value
+        (gpt-oss).
         """
         self.check(q.shape[1] % cache.heads == 0 and q.shape[2] == cache.key_width, "attention", "heads or width", q)
+        self.check(sinks is None or sinks.shape == q.shape[1:2], "attention", "sinks", q, sinks)
+        assert not (window and chunk), "a layer has a window or chunks"
         out = self.new((q.shape[0], q.shape[1], cache.value_width or cache.value_prefix))
-        self.record("attention", (q,), (out,), cache=cache, scale=scale, window=window, temperature=temperature)
+        seen = {"window": window, "chunk": chunk, "temperature": temperature, "softcap": softcap}
+        self.record("attention", (q,), (out,), (sinks,) if sinks else (), cache=cache, scale=scale, **seen)
         return out
 
     def gelu(self, x: Tensor) -> Tensor:

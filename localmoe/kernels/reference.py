@@ -204,12 +204,19 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
         q = q * (1 + temperature.scale * np.log1p(at // temperature.length)).astype(np.float32)[:, None, None]
     shared = q.reshape(tokens, layer.heads, -1, layer.key_width)
     scores = np.einsum("tkgd,ksd->kgts", shared, k) * np.float32(op.attributes["scale"])
+    if cap := np.float32(op.attributes["softcap"]):
+        scores = cap * np.tanh(scores / cap)
     seen = np.arange(end)[None, :] <= at[:, None]
     if window := op.attributes["window"]:
         seen &= np.arange(end)[None, :] > at[:, None] - window
+    if chunk := op.attributes["chunk"]:
+        seen &= np.arange(end)[None, :] >= (at // chunk * chunk)[:, None]
     scores = np.where(seen, scores, -np.inf)
+    if op.weights:
+        sinks = np.broadcast_to(values(op.weights[0]).reshape(layer.heads, -1, 1, 1), (*scores.shape[:3], 1))
+        scores = np.concatenate([scores, sinks], axis=-1)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    weights = (weights / weights.sum(axis=-1, keepdims=True))[..., :end]
     return [np.einsum("kgts,ksd->tkgd", weights, v).reshape(tokens, q.shape[1], -1)]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localmoe.kernels.cpu.arguments import At, Function, row_count, share, slots, step_position
+from localmoe.kernels.cpu.arguments import At, Function, row_count, share, slots, soft_capped, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.matmul import dequantise_kernel
 from localmoe.kernels.ops import GLU_KINDS
@@ -100,7 +100,7 @@ for _kind in GLU_KINDS:
 def _each(v: Any, function: Any) -> Any:
     """Arguments: control, rows, x, out, width, a float32 for `function(x, number)`, which is applied to every
     element."""
-    slot, rows, part, applied = slots(v), row_count(v), share(v), v.function(function)
+    slot, rows, part, applied = slots(v), row_count(v), share(v), function
 
     def run(a, thread, threads):
         start, stop = part(rows(a) * slot(a, 4), thread, threads)
@@ -114,24 +114,17 @@ def _each(v: Any, function: Any) -> Any:
 @kernel("gelu", 3)
 def gelu(v: Any) -> Any:
     curve = _gelu(v)
-    return _each(v, lambda x, number: curve(x))
+    return _each(v, v.function(lambda x, number: curve(x)))
 
 
 @kernel("scale", 3)
 def scale(v: Any) -> Any:
-    return _each(v, lambda x, factor: x * factor)
+    return _each(v, v.function(lambda x, factor: x * factor))
 
 
 @kernel("softcap", 3)
 def softcap(v: Any) -> Any:
-    """cap · tanh(x / cap), and tanh(z) is 1 - 2 / (exp(2 z) + 1)."""
-
-    def capped(x, cap):
-        one = v.splat(v.f32, np.float32(1))
-        two = one + one
-        return cap * (one - two / (v.exp(two * x / cap) + one))
-
-    return _each(v, capped)
+    return _each(v, soft_capped(v))
 
 
 @kernel("add_positions", 3)

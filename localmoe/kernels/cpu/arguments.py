@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class At:
@@ -61,3 +63,25 @@ def step_position(v: Any) -> Any:
         return v.load(v.int64, v.load(v.int64, a) + 8)
 
     return v.function(position)
+
+
+def first_visible(v: Any) -> Any:
+    """`first(position, window, chunk)` in a kernel: the first position that a query sees (`Ops.attention`)."""
+
+    def first(position, window, chunk):  # type: ignore[no-untyped-def]
+        if chunk > 0:
+            return position - position % chunk
+        return position + 1 - window if window > 0 and position + 1 > window else 0
+
+    return v.function(first)
+
+
+def soft_capped(v: Any) -> Any:
+    """`capped(x, cap)` in a kernel: cap · tanh(x / cap); tanh(z) is 1 - 2 / (exp(2 z) + 1)."""
+
+    def capped(x, cap):  # type: ignore[no-untyped-def]
+        one = v.splat(v.f32, np.float32(1))
+        two = one + one
+        return cap * (one - two / (v.exp(two * x / cap) + one))
+
+    return v.function(capped)

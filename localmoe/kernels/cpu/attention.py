@@ -72,7 +72,10 @@ def lower_cache_append(lowering: Lowering, op: Op) -> None:
 def lower_attention(lowering: Lowering, op: Op) -> None:
     (q,), (out,) = op.inputs, op.outputs
     layer: CacheLayer = op.attributes["cache"]
-    window, context, format = int(op.attributes["window"]), lowering.device.context, lowering.device.kv
+    context, format = lowering.device.context, lowering.device.kv
+    window, chunk = int(op.attributes["window"]), int(op.attributes["chunk"])
+    sinks = lowering.floats(op.weights[0]) if op.weights else 0
+    extras = (chunk, float(op.attributes["softcap"]), sinks)
     keys, values = lowering.device.cache(layer)
     value_rows = keys if values is None else values
     key_padded, value_padded = cache_row(layer.key_width, format), cache_row(out.shape[2], format)
@@ -96,13 +99,15 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
     )
     if single:
         parts = layer.heads * -(-q.shape[1] // layer.heads // attention_decode.HEADS)
-        part_nbytes = attention_decode.partial_nbytes(value_padded) * attention_decode.chunks(window or context)
+        part_nbytes = attention_decode.partial_nbytes(value_padded) * attention_decode.chunks(
+            window or chunk or context
+        )
         counters = lowering.table([0] * attention_decode.counters(parts))
         shared = (counters, lowering.temporary(parts * part_nbytes), part_nbytes)
-        lowering.emit(f"attention_decode_{format.name.lower()}", q, *both, *shared, 4 * q.strides[1])
+        lowering.emit(f"attention_decode_{format.name.lower()}", q, *both, *shared, 4 * q.strides[1], *extras)
     else:
         counters = lowering.table([0] * attention_prefill.COUNTERS)
         widths = (lowering.isa, key_padded, value_padded)
         tile = (attention_prefill.panels(*widths), attention_prefill.panel_nbytes(*widths))
         place = (counters, 4 * q.strides[0], 4 * q.strides[1])
-        lowering.emit(f"attention_prefill_{format.name.lower()}", q, *both, *place, *tile)
+        lowering.emit(f"attention_prefill_{format.name.lower()}", q, *both, *place, *tile, *extras)

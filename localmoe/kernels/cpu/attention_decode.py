@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import F16, F32, FORMATS, Format
-from localmoe.kernels.cpu.arguments import slots, step_position
+from localmoe.kernels.cpu.arguments import first_visible, slots, soft_capped, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.cache_rows import row_nbytes
 from localmoe.kernels.program import cache_row
@@ -53,11 +53,11 @@ def _by_eights(format: Format) -> bool:
 def _decode(v: Any, format: Format) -> Any:
     slot, position, nbytes = slots(v), step_position(v), row_nbytes(v, format)
     scale_queries, score, soften = _scale_queries(v), _score(v, format), _soften(v)
-    gather, merge = _gather(v, format), _merge(v)
+    gather, merge, first_of = _gather(v, format), _merge(v), first_visible(v)
 
     def run(a, thread, threads):
-        heads, kv_heads, window, at = slot(a, 3), slot(a, 7), slot(a, 13), position(a)
-        first = at + 1 - window if window > 0 and at + 1 > window else 0
+        heads, kv_heads, at = slot(a, 3), slot(a, 7), position(a)
+        first, sinks = first_of(at, slot(a, 13), slot(a, 23)), slot(a, 25)
         key_padded, value_padded, counts, partials = slot(a, 9), slot(a, 18), slot(a, 19), slot(a, 20)
         query = slot(a, 16) + thread * slot(a, 17)
         scores = query + HEADS * 4 * key_padded
@@ -83,12 +83,13 @@ def _decode(v: Any, format: Format) -> Any:
             row = slot(a, 10) + (kv * slot(a, 12) + start + low) * nbytes(slot(a, 11))
             for ahead in range(0, AHEAD, _LINE):  # the first values come while the softmax is computed
                 v.prefetch_second(row + ahead)
-            soften(scores, low, high, many, into + HEADS * 4 * value_padded)
+            soften(scores, low, high, many, v.load(v.float32, a + 192), into + HEADS * 4 * value_padded)
             gather(scores + 4 * low, row, slot(a, 11), high - low, many, value_padded, into)
             if v.atomic_add(counts + 16 + 8 * part, 1) == count - 1:
                 v.store(counts + 16 + 8 * part, 0)
                 room = scores + HEADS * _SCORES_STRIDE
-                merge(ours, partial, count, many, value_padded, slot(a, 6), slot(a, 5) + 4 * head * slot(a, 6), room)
+                sink, out = sinks + 4 * head if sinks != 0 else 0, slot(a, 5) + 4 * head * slot(a, 6)
+                merge(ours, partial, count, many, value_padded, slot(a, 6), out, room, sink)
         if v.atomic_add(counts + 8, 1) == threads - 1:  # every thread has seen that nothing is left
             v.store(counts + 8, 0)
             v.store(counts, 0)
@@ -154,12 +155,15 @@ def _soften(v: Any) -> Any:
     """Scores low to high of each head become exp(score - highest); the highest and the sum of all go to `peaks`."""
     from localmoe.kernels.cpu import vector_rows
 
-    exp = vector_rows.softmax_exp(v.isa)
+    exp, capped = vector_rows.softmax_exp(v.isa), soft_capped(v)
 
-    def soften(scores, low, high, many, peaks):
+    def soften(scores, low, high, many, cap, peaks):
         start, stop = low - low % v.lanes, (high + v.lanes - 1) // v.lanes * v.lanes
         for h in range(many):
             row = scores + h * _SCORES_STRIDE
+            if cap > 0:
+                for s in range(start, stop, v.lanes):
+                    v.store(row + 4 * s, capped(v.load(v.f32, row + 4 * s), v.splat(v.f32, cap)))
             for s in range(start, low):
                 v.store(row + 4 * s, np.float32(-np.inf))
             for s in range(high, stop):
@@ -221,12 +225,13 @@ def _gather(v: Any, format: Format) -> Any:
 
 
 def _merge(v: Any) -> Any:
-    """out[h] = the chunks' sums of head h, each in its share of all weights; chunks stand `partial` bytes apart."""
+    """out[h] = the chunks' sums of head h, each in its share of all weights; chunks stand `partial` bytes apart.
+    At `sinks` (0: none) are the heads' logits without a value."""
     from localmoe.kernels.cpu import vector_rows
 
     join = vector_rows.weighted_sums(v.isa, 1, 16, F32)
 
-    def merge(partials, partial, count, many, padded, width, out, room):
+    def merge(partials, partial, count, many, padded, width, out, room, sinks):
         shares = room + 4 * padded
         for h in range(many):
             peaks = partials + HEADS * 4 * padded + 8 * h
@@ -234,6 +239,10 @@ def _merge(v: Any) -> Any:
             for c in range(1, count):
                 peak = v.maximum(peak, v.load(v.float32, peaks + c * partial))
             mass = np.float32(0)
+            if sinks != 0:
+                sink = v.load(v.float32, sinks + 4 * h)
+                peak = v.maximum(peak, sink)
+                mass = v.exp(sink - peak)
             for c in range(count):
                 share = v.exp(v.load(v.float32, peaks + c * partial) - peak)
                 v.store(shares + 4 * c, share)
@@ -255,7 +264,8 @@ def _merge(v: Any) -> Any:
 def attention_decode_f16(v: Any) -> Any:
     """Arguments: control, rows, q, heads, key width, out, value width, kv-heads, keys, padded key width, values,
     padded value width (row of the value cache), context, window, scale, query factors by position (0: none), scratch,
-    its bytes a thread, padded width of a value, counters, partials, their bytes for HEADS heads, head stride of q."""
+    its bytes a thread, padded width of a value, counters, partials, their bytes for HEADS heads, head stride of q,
+    chunk, softcap (0: none), sinks (0: none)."""
     return _decode(v, F16)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import F16, F32, FORMATS, Format
-from localmoe.kernels.cpu.arguments import row_count, slots, step_position
+from localmoe.kernels.cpu.arguments import first_visible, row_count, slots, soft_capped, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.cache_rows import row_nbytes
 from localmoe.kernels.cpu.isa import Isa
@@ -39,17 +39,18 @@ def scratch_nbytes(isa: Isa, key_padded: int, value_padded: int) -> int:
 
 
 def panel_nbytes(isa: Isa, key_padded: int, value_padded: int) -> int:
-    """Queries and sums, then each pair's position, highest score and sum of weights."""
-    return 8 * isa.lanes * (key_padded + value_padded + 3)
+    """Queries and sums, then each pair's position, highest score, sum of weights and first key."""
+    return 8 * isa.lanes * (key_padded + value_padded + 4)
 
 
 def _prefill(v: Any, format: Format) -> Any:
     slot, rows, position = slots(v), row_count(v), step_position(v)
     pack, widen, attend, put = _pack_queries(v), _widen(v, format), _attend(v), _put(v)
-    pairs, nbytes = 2 * v.lanes, row_nbytes(v, format)
+    pairs, nbytes, first_of = 2 * v.lanes, row_nbytes(v, format), first_visible(v)
 
     def run(a, thread, threads):
-        kv_heads, window, begin, counts = slot(a, 7), slot(a, 13), position(a), slot(a, 19)
+        kv_heads, begin, counts = slot(a, 7), position(a), slot(a, 19)
+        window, chunk = slot(a, 13), slot(a, 24)
         key_padded, value_padded, panel_nbytes = slot(a, 9), slot(a, 18), slot(a, 23)
         group = slot(a, 3) // kv_heads
         total, span = rows(a) * group, slot(a, 22) * pairs
@@ -68,16 +69,16 @@ def _prefill(v: Any, format: Format) -> Any:
             start, stop = tile * span, min(total, (tile + 1) * span)
             for pair in range(start, stop, pairs):
                 pack(a, begin, kv, pair, min(pairs, stop - pair), keys, panel + (pair - start) // pairs * panel_nbytes)
-            low, last = max(0, begin + start // group + 1 - window), begin + (stop - 1) // group
-            for block in range(low // BLOCK * BLOCK if window > 0 else 0, last + 1, BLOCK):
+            low, last = first_of(begin + start // group, window, chunk), begin + (stop - 1) // group
+            for block in range(low // BLOCK * BLOCK, last + 1, BLOCK):
                 count, row = min(BLOCK, last + 1 - block), kv * slot(a, 12) + block
                 widen(slot(a, 8) + row * nbytes(key_padded), key_padded, key_padded, count, keys)
                 if values != keys:
                     widen(slot(a, 10) + row * nbytes(slot(a, 11)), slot(a, 11), value_padded, count, values)
                 for pair in range(start, stop, pairs):
                     first, end = begin + pair // group, begin + (min(pair + pairs, stop) - 1) // group
-                    if block <= end and (window == 0 or block + BLOCK + window > first + 1):
-                        masked = block + BLOCK > first + 1 or (window > 0 and block + window <= end)
+                    if block <= end and block + BLOCK > first_of(first, window, chunk):
+                        masked = block + BLOCK > first + 1 or block < first_of(end, window, chunk)
                         ours = panel + (pair - start) // pairs * panel_nbytes
                         attend(a, block, min(count, end + 1 - block), masked, keys, values, scores, ours)
             for pair in range(start, stop, pairs):
@@ -91,7 +92,7 @@ def _prefill(v: Any, format: Format) -> Any:
 
 def _pack_queries(v: Any) -> Any:
     """Begin a panel: its queries, scaled, as [column][pair], by way of rows in `copy`; its sums and numbers."""
-    slot, pairs = slots(v), 2 * v.lanes
+    slot, pairs, first_of = slots(v), 2 * v.lanes, first_visible(v)
 
     def pack(a, begin, kv, start, many, copy, panel):
         width, padded, factors, scale = slot(a, 4), slot(a, 9), slot(a, 15), v.load(v.float32, a + 112)
@@ -104,6 +105,7 @@ def _pack_queries(v: Any) -> Any:
             v.store(state + 4 * i, np.float32(at))
             v.store(state + 4 * (pairs + i), np.float32(-3e38))
             v.store(state + 4 * (2 * pairs + i), np.float32(0))
+            v.store(state + 4 * (3 * pairs + i), np.float32(first_of(at, slot(a, 13), slot(a, 24))))
             warmth = scale * v.load(v.float32, factors + 4 * at) if factors != 0 else scale
             source = slot(a, 2) + pair // group * slot(a, 20) + (kv * group + pair % group) * slot(a, 21)
             target = copy + 4 * i * padded
@@ -152,7 +154,7 @@ def _attend(v: Any) -> Any:
     slot, pairs, height = slots(v), 2 * v.lanes, _TILE_ROWS[v.isa.name]
     score = vector_rows.outer_products(v.isa, height, _STRIDE, across=False)
     gather = vector_rows.outer_products(v.isa, height, _STRIDE, across=True)
-    mask, soften = _mask(v), _soften(v)
+    mask, soften, capped = _mask(v), _soften(v), soft_capped(v)
 
     def attend(a, block, count, masked, keys, values, scores, panel):
         key_padded, value_padded = slot(a, 9), slot(a, 18)
@@ -164,8 +166,12 @@ def _attend(v: Any) -> Any:
             columns, query = min(BLOCK, key_padded - c), panel + 4 * pairs * c
             for k in range(0, count, height):  # rows behind `count` are of an earlier block: their scores go unread
                 score(keys + (c + k) * _STRIDE, query, columns, scores + 4 * pairs * k)
+        cap = v.load(v.float32, a + 200)
+        if cap > 0:
+            for i in range(0, pairs * count, v.lanes):
+                v.store(scores + 4 * i, capped(v.load(v.f32, scores + 4 * i), v.splat(v.f32, cap)))
         if masked:
-            mask(scores, state, block, count, slot(a, 13))
+            mask(scores, state, block, count)
         soften(scores, state, count, sums, value_padded)
         for c in range(0, value_padded, height):
             place = values + c // BLOCK * (BLOCK * _STRIDE) + c % BLOCK * 4
@@ -175,19 +181,17 @@ def _attend(v: Any) -> Any:
 
 
 def _mask(v: Any) -> Any:
-    """Hide keys behind each pair's position, and those before its window."""
+    """Hide keys behind each pair's position, and those before its first."""
     pairs, lanes, half = 2 * v.lanes, v.lanes, np.float32(0.5)
     hidden = np.float32(_HIDDEN)
 
-    def mask(scores, state, block, count, window):
+    def mask(scores, state, block, count):
         for m in range(0, 4 * pairs, 4 * lanes):
-            position = v.load(v.f32, state + m)
+            position, first = v.load(v.f32, state + m), v.load(v.f32, state + 12 * pairs + m)
             for k in range(count):
                 place, key = scores + 4 * pairs * k + m, np.float32(block + k)
                 score = v.minimum(v.load(v.f32, place), (position - (key - half)) * hidden)
-                if window > 0:
-                    score = v.minimum(score, -(position - (key + np.float32(window) - half)) * hidden)
-                v.store(place, score)
+                v.store(place, v.minimum(score, (-first + (key + half)) * hidden))
 
     return v.function(mask)
 
@@ -229,7 +233,13 @@ def _put(v: Any) -> Any:
     def put(a, kv, start, many, panel):
         heads, width, group = slot(a, 3), slot(a, 6), slot(a, 3) // slot(a, 7)
         sums = panel + 4 * pairs * slot(a, 9)
-        state = sums + 4 * pairs * slot(a, 18)
+        state, sinks = sums + 4 * pairs * slot(a, 18), slot(a, 26)
+        if sinks != 0:
+            for i in range(many):
+                sink = v.load(v.float32, sinks + 4 * (kv * group + (start + i) % group))
+                mass, peak = state + 4 * (2 * pairs + i), v.load(v.float32, state + 4 * (pairs + i))
+                # A sink far above every score takes all: its weight, relative to theirs, is then infinite.
+                v.store(mass, v.load(v.float32, mass) + v.exp(sink - peak))
         for m in range(0, 4 * pairs, 4 * v.lanes):
             share = v.splat(v.f32, np.float32(1)) / v.load(v.f32, state + 8 * pairs + m)
             for c in range(width):
@@ -257,7 +267,7 @@ def attention_prefill_f16(v: Any) -> Any:
     """Arguments: control, rows, q, heads, key width, out, value width, kv-heads, keys, padded key width, values,
     padded value width (row of the value cache), context, window, scale, query factors by position (0: none), scratch,
     its bytes a thread, padded width of a value, counters, token and head strides of q (bytes), panels of a tile,
-    bytes of a panel."""
+    bytes of a panel, chunk, softcap (0: none), sinks (0: none)."""
     return _prefill(v, F16)
 
 
