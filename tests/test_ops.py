@@ -234,7 +234,7 @@ def routed(router: Router, experts: int, bias: bool, ties: bool) -> tuple[Forwar
 
     def choose(ops: Ops, random: Random) -> tuple[Tensor, Tensor]:
         plain = random.standard_normal((VOCABULARY, experts)) * 2
-        logits = np.round(plain) if ties else plain
+        logits = np.round(plain) if ties else plain + (30 if router.choice == "logits" else 0)
         added = exactly(random.uniform(-1.5, 0.5, experts)) if bias else None
         return ops.route(given(ops, logits), router, added)
 
@@ -257,6 +257,13 @@ for _name, _router, _experts, _bias, _ties in (
         True,
         False,
     ),
+    (
+        "sigmoid by the logits, which it cannot tell apart",
+        Router("sigmoid", 3, False, choice="logits"),
+        9,
+        False,
+        False,
+    ),
     ("sigmoid with groups, ties", Router("sigmoid", 4, True, 1.0, 4, 2, "top2"), 32, False, True),
 ):
     _ids, _shares = routed(_router, _experts, _bias, _ties)
@@ -265,7 +272,13 @@ for _name, _router, _experts, _bias, _ties in (
 
 
 def mixture(
-    used: int, shape: tuple[int, int, int], formats: str, kind: str = "silu", favourite: int | None = None
+    used: int,
+    shape: tuple[int, int, int],
+    formats: str,
+    kind: str = "silu",
+    favourite: int | None = None,
+    biased: bool = False,
+    weighted: bool = True,
 ) -> Forward:
     experts, width, hidden = shape
 
@@ -276,7 +289,10 @@ def mixture(
         ids, shares = ops.route(given(ops, logits), Router("softmax", used, normalise=used > 1))
         gate, up, down = formats.split()
         gates, ups = weight(random, (experts, width, hidden), gate), weight(random, (experts, width, hidden), up)
-        return ops.experts(x, ids, shares, gates, ups, weight(random, (experts, hidden, width), down), kind)
+        downs, widths = weight(random, (experts, hidden, width), down), (width, width, hidden)
+        biases = [weight(random, (experts, n), "F16") for n in widths] if biased else None
+        how = {"biases": biases and tuple(biases), "weighted": weighted}
+        return ops.experts(x, ids, shares, gates, ups, downs, kind, **how)  # type: ignore[arg-type]
 
     return forward
 
@@ -284,6 +300,9 @@ def mixture(
 case("experts F32")(mixture(2, (4, 40, 24), "F32 F32 F32"))
 case("experts F16, sigmoid")(mixture(3, (6, 24, 40), "F16 F16 F16", "sigmoid"))
 case("experts most of which get no token")(mixture(1, (40, 8, 8), "F32 F32 F32"))
+case("experts with biases")(mixture(3, (5, 410, 24), "F32 F16 F32", "clamped_swish", biased=True))
+case("experts without shares")(mixture(2, (5, 24, 40), "F32 F32 F32", weighted=False))
+case("experts Q8_0 with biases", ROUNDED)(mixture(2, (8, 96, 64), "Q8_0 Q8_0 Q8_0", "gelu", biased=True))
 case("experts all chosen by every token")(mixture(5, (5, 25, 24), "F32 F16 F32"))
 case("one expert gets all tokens")(mixture(1, (6, 33, 257), "F32 F32 F32", favourite=3))
 case("one expert gets all tokens, and a second differs")(mixture(2, (6, 410, 24), "F32 F32 F32", favourite=5))

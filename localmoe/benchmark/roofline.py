@@ -144,7 +144,7 @@ def _rows(
 
 def kind_of(op: Op) -> str:
     """What is summed up: the op and the formats of its matrices."""
-    return " ".join([op.name, *sorted({w.format.name for w in op.weights if len(w.shape) > 1})])
+    return " ".join([op.name, *sorted({w.format.name for w in op.matrices})])
 
 
 class _Told(tuple[Op, ...]):

@@ -62,7 +62,7 @@ def op_work(program: Program, op: Op, tokens: int, depth: float, kv: str) -> Wor
         layer: CacheLayer = op.attributes["cache"]
         of_element = KV_FORMATS[kv].nbytes / KV_FORMATS[kv].elements
         return Work(nbytes + (depth + tokens) * layer.elements * of_element, 0.0, operations)
-    matrices = [w for w in op.weights if len(w.shape) > 1]
+    matrices = op.matrices
     whole = sum(w.elements for w in matrices) or 1
     quantised = sum(w.elements for w in matrices if w.format.name not in FLOAT_FORMATS)
     return Work(nbytes, operations * quantised / whole, operations * (whole - quantised) / whole)

@@ -24,7 +24,7 @@ from localmoe.kernels.program import (
     contiguous,
 )
 
-GLU_KINDS = ("silu", "sigmoid", "gelu", "clamped_swish")
+GLU_KINDS = ("silu", "sigmoid", "gelu", "clamped_swish", "product")
 SCORES = ("softmax", "sigmoid")
 
 
@@ -158,7 +158,7 @@ class Ops:
         """act(gate) · up -> shape of up; a gate of width 1 is spread over the row. Shazeer 2020.
 
         "silu": gate · sigmoid(gate); "sigmoid"; "gelu": as `gelu`; "clamped_swish": with gate at most 7 and up within
-        ±7, gate · sigmoid(1.702 gate) · (up + 1) (gpt-oss).
+        ±7, gate · sigmoid(1.702 gate) · (up + 1) (gpt-oss); "product": gate · up.
         """
         self.check(kind in GLU_KINDS and gate.shape in (up.shape, (up.shape[0], 1)), "glu", kind, gate, up)
         return self.record("glu", (gate, up), (self.new(up.shape),), kind=kind)[0]
@@ -166,7 +166,8 @@ class Ops:
     def route(self, logits: Tensor, router: Router, bias: Weight | None = None) -> tuple[Tensor, Tensor]:
         """Router logits (T, E) -> ids (T, k) of int32 and shares (T, k), best first; ties go to the lower id.
 
-        scores = softmax or sigmoid of the logits. The choice is made on scores + bias: with groups > 1 only experts of
+        scores = softmax or sigmoid of the logits. The choice is made on scores + bias, or with `choice` "logits" on the
+        logits, which a sigmoid may round to the same 1: with groups > 1 only experts of
         the best `groups_used` groups stand (a group's score is its largest, "max", or the sum of its two largest,
         "top2"; the others are -inf). Shares are the *unbiased* scores of the chosen, divided by their sum if
         `normalise`, times `scale`.
@@ -179,16 +180,31 @@ class Ops:
         return ids, shares
 
     def experts(
-        self, x: Tensor, ids: Tensor, shares: Tensor, gate: Weight, up: Weight, down: Weight, kind: str = "silu"
+        self,
+        x: Tensor,
+        ids: Tensor,
+        shares: Tensor,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+        kind: str = "silu",
+        *,
+        biases: tuple[Weight, Weight, Weight] | None = None,
+        weighted: bool = True,
     ) -> Tensor:
         """Σ over the chosen experts of share · down(act(gate x) · up x): x (T, D), gate and up (E, F, D), down (E, D,
         F) -> (T, D).
 
-        The sum runs in the order of the ids' columns. One op: residency, grouping and fusion stay below this line.
+        `biases` are added to gate x, up x and the result of down: (E, F), (E, F), (E, D). Without `weighted` every
+        share counts as 1. The sum runs in the order of the ids' columns. One op: residency, grouping and fusion stay
+        below this line.
         """
         expected = (down.shape[0], down.shape[2], down.shape[1])
         self.check(gate.shape == up.shape == expected and gate.columns == x.shape[1], "experts", "shapes", x, gate)
-        return self.record("experts", (x, ids, shares), (self.new(x.shape),), (gate, up, down), kind=kind)[0]
+        for weight, bias in zip((gate, up, down), biases or (), strict=False):
+            self.check(bias.shape == weight.shape[:2], "experts", "biases", weight, bias)
+        weights, how = (gate, up, down, *(biases or ())), {"kind": kind, "weighted": weighted}
+        return self.record("experts", (x, ids, shares), (self.new(x.shape),), weights, **how)[0]
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b, same shapes."""

@@ -115,6 +115,7 @@ class Router:
     groups: int = 1
     groups_used: int = 1
     group_score: str = "max"
+    choice: str = "scores"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -126,6 +127,11 @@ class Op:
     outputs: tuple[Tensor, ...]
     weights: tuple[Weight, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        """The weights that are multiplied: all but norms and biases."""
+        return self.weights[:3] if self.name == "experts" else tuple(w for w in self.weights if len(w.shape) > 1)
 
     def weight_nbytes(self, tokens: int) -> int:
         """Bytes of weights that a step of `tokens` tokens has to read (experts: as many as the tokens can choose)."""
@@ -143,9 +149,9 @@ class Op:
             values = layer.value_width or layer.value_prefix
             return 2 * tokens * context * self.inputs[0].shape[1] * (layer.key_width + values)
         if self.name == "experts":
-            return 2 * tokens * self.inputs[1].shape[1] * sum(w.elements // w.shape[0] for w in self.weights)
+            return 2 * tokens * self.inputs[1].shape[1] * sum(w.elements // w.shape[0] for w in self.matrices)
         if self.name in ("linear", "head_linear"):
-            return 2 * tokens * sum(w.elements for w in self.weights if len(w.shape) > 1)
+            return 2 * tokens * sum(w.elements for w in self.matrices)
         return 0
 
 

@@ -232,6 +232,8 @@ def gated(kind: str, gate: Array, up: Array) -> Array:
         return np.asarray(gate * sigmoid(np.float32(1.702) * gate) * (up + 1))
     if kind == "gelu":
         return np.asarray(_gelu(gate) * up)
+    if kind == "product":
+        return np.asarray(gate * up)
     return np.asarray((gate * sigmoid(gate) if kind == "silu" else sigmoid(gate)) * up)
 
 
@@ -268,7 +270,8 @@ def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDA
         scores /= scores.sum(axis=1, keepdims=True)
     else:
         scores = sigmoid(logits)
-    standing = scores if bias is None else scores + bias
+    standing = logits if router.choice == "logits" else scores
+    standing = standing if bias is None else standing + bias
     if router.groups > 1:
         by_group = standing.reshape(len(logits), router.groups, -1)
         best = np.sort(by_group, axis=2)[:, :, ::-1]
@@ -291,12 +294,14 @@ def route(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -
 
 def experts(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
     x, ids, shares = inputs
-    gate, up, down = op.weights
+    gate, up, down, *biases = op.weights
+    added = [values(b) for b in biases] or [np.zeros(w.shape[:2], np.float32) for w in (gate, up, down)]
     out = np.zeros_like(x)
     for e in np.unique(ids):
         rows, columns = np.nonzero(ids == e)
-        hidden = gated(op.attributes["kind"], x[rows] @ matrix(gate, e).T, x[rows] @ matrix(up, e).T)
-        out[rows] += shares[rows, columns, None] * (hidden @ matrix(down, e).T)
+        opened = [x[rows] @ matrix(w, e).T + bias[e] for w, bias in zip((gate, up), added, strict=False)]
+        y = gated(op.attributes["kind"], *opened) @ matrix(down, e).T + added[2][e]
+        out[rows] += shares[rows, columns, None] * y if op.attributes["weighted"] else y
     return [out]
 
 

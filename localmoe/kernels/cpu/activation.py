@@ -67,6 +67,7 @@ def _gate(v: Any, kind: str) -> Any:
         "sigmoid": lambda gate, up: sigmoid(gate) * up,
         "gelu": lambda gate, up: gelu(gate) * up,
         "clamped_swish": clamped_swish,
+        "product": lambda gate, up: gate * up,
     }
     return v.function(kinds[kind])
 

@@ -30,18 +30,23 @@ EXPERT_ROWS = 384  # of one expert's weight that a thread takes at a time: whole
 def experts_gemv(v: Any) -> Any:
     """One token: rows of its experts' weights. Arguments: control, rows, ids, used, count, then for each weight:
     matrix-vector kernel, table of experts, row bytes, activations, their bytes from one expert to the next and from one
-    thread's copy to the next, out, columns, rows."""
+    thread's copy to the next, out, columns, rows, biases of all experts (0: none)."""
     slot, part = slots(v), share(v)
 
     def run(a, thread, threads):
-        for w in range(a + 40, a + 40 + 72 * slot(a, 4), 72):
+        for w in range(a + 40, a + 40 + 80 * slot(a, 4), 80):
             height = slot(w, 8)
             start, stop = part(height * slot(a, 3), thread, threads)
             for c in range(start // height, (stop + height - 1) // height):
-                matrix = slot(slot(w, 1), v.load(v.int32, slot(a, 2) + 4 * c))
+                expert = v.load(v.int32, slot(a, 2) + 4 * c)
+                matrix = slot(slot(w, 1), expert)
                 x, out = slot(w, 3) + c * slot(w, 4) + thread * slot(w, 5), slot(w, 6) + 4 * c * height
                 first, last = max(start - c * height, 0), min(stop - c * height, height)
                 v.call(slot(w, 0), matrix, slot(w, 2), x, out, slot(w, 7), first, last)
+                if slot(w, 9) != 0:
+                    bias = slot(w, 9) + 4 * expert * height
+                    for i in range(4 * first, 4 * last, 4):
+                        v.store(out + i, v.load(v.float32, out + i) + v.load(v.float32, bias + i))
 
     return run
 
@@ -123,7 +128,7 @@ def experts_gemm(v: Any) -> Any:
     """Each expert's weight times its packed rows; threads take (weight, expert, rows) as they come. Arguments:
     control, rows, columns, starts, experts, scratch, its bytes a thread, counter, rows of a weight, count, then for
     each weight: GEMM kernel, unpacking kernel, table of experts, row bytes, panels, tokens of a panel, its bytes, out
-    (sorted rows)."""
+    (sorted rows), biases of all experts (0: none)."""
     slot = slots(v)
     block = v.stack(8 * products.ARGUMENTS)
 
@@ -134,7 +139,7 @@ def experts_gemm(v: Any) -> Any:
             unit = v.atomic_add(slot(a, 7), 1)
             if unit >= slot(a, 9) * count * pieces:
                 return
-            w, e, piece = a + 80 + 64 * (unit // (count * pieces)), unit // pieces % count, unit % pieces
+            w, e, piece = a + 80 + 72 * (unit // (count * pieces)), unit // pieces % count, unit % pieces
             first, tokens = slot(starts, e), slot(starts, e + 1) - slot(starts, e)
             if tokens > 0:
                 v.store(b, slot(w, 1))
@@ -149,15 +154,27 @@ def experts_gemm(v: Any) -> Any:
                 v.store(b + 72, min(height, (piece + 1) * EXPERT_ROWS))
                 v.store(b + 80, slot(a, 5) + thread * slot(a, 6))
                 v.call(slot(w, 0), b)
+                if slot(w, 8) != 0:
+                    begin, end = 4 * piece * EXPERT_ROWS, 4 * min(height, (piece + 1) * EXPERT_ROWS)
+                    bias, out = slot(w, 8) + 4 * e * height, slot(w, 7) + 4 * first * height
+                    for t in range(tokens):
+                        for i in range(begin, end, 4):
+                            place = out + 4 * t * height + i
+                            v.store(place, v.load(v.float32, place) + v.load(v.float32, bias + i))
 
     return run
 
 
 @kernel("experts_combine", 3)
 def experts_combine(v: Any) -> Any:
-    """out = Σ share · y over a token's choices, in order. Arguments: control, rows, y, shares, used, places (0: choice
-    order), out, columns."""
+    """out = Σ share · y over a token's choices, in order. Arguments: control, rows, y, shares (0: all 1), used, places
+    (0: choice order), out, columns."""
     slot, rows, part = slots(v), row_count(v), share(v)
+
+    def weight(shares, c):
+        return v.load(v.float32, shares + 4 * c) if shares != 0 else np.float32(1)
+
+    weight = v.function(weight)
 
     def run(a, thread, threads):
         tokens, used, columns, places = rows(a), slot(a, 4), slot(a, 7), slot(a, 5)
@@ -169,14 +186,14 @@ def experts_combine(v: Any) -> Any:
                 total = v.zero(v.f32)
                 for c in range(t * used, (t + 1) * used):
                     y = slot(a, 2) + 4 * ((slot(places, c) if places != 0 else c) * columns + i)
-                    share_of_it = v.splat(v.f32, v.load(v.float32, slot(a, 3) + 4 * c))
+                    share_of_it = v.splat(v.f32, weight(slot(a, 3), c))
                     total = total + share_of_it * v.load(v.f32, y)
                 v.store(out + 4 * i, total)
             for i in range(whole, stop):
                 one = np.float32(0)
                 for c in range(t * used, (t + 1) * used):
                     y = slot(a, 2) + 4 * ((slot(places, c) if places != 0 else c) * columns + i)
-                    one += v.load(v.float32, slot(a, 3) + 4 * c) * v.load(v.float32, y)
+                    one += weight(slot(a, 3), c) * v.load(v.float32, y)
                 v.store(out + 4 * i, one)
 
     return run
@@ -189,18 +206,27 @@ def lower_experts(lowering: Lowering, op: Op) -> None:
         _lower_chunk(lowering, op)
 
 
+def _biases(lowering: Lowering, op: Op) -> list[int]:
+    """Addresses of the biases of gate, up and down, 0 where there are none."""
+    return [lowering.floats(bias) for bias in op.weights[3:]] or [0, 0, 0]
+
+
+def _weights(lowering: Lowering, op: Op) -> Argument:
+    return lowering.at(op.inputs[2]) if op.attributes["weighted"] else 0
+
+
 def _lower_one(lowering: Lowering, op: Op) -> None:
-    (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
-    used, width = ids.shape[1], gate.rows
+    (x, ids, _), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights[:3]
+    used, width, biases = ids.shape[1], gate.rows, _biases(lowering, op)
     opened = [lowering.scratch((used, width)) for _ in range(2)]
     kinds = dict.fromkeys(gemv_kernel(w.format)[1] for w in (gate, up))
     forms = {kind: for_itself(lowering, x, kind)[:2] for kind in kinds}
     arguments: list[Any] = []
-    for weight, target in zip((gate, up), opened, strict=True):
+    for weight, target, bias in zip((gate, up), opened, biases, strict=False):
         name, kind = gemv_kernel(weight.format)
         form, apart = forms[kind]
         place = (Function(name), lowering.addresses(weight), weight.row_nbytes, form, 0, apart, lowering.at(target))
-        arguments += [*place, weight.columns, weight.rows]
+        arguments += [*place, weight.columns, weight.rows, bias]
     lowering.emit("experts_gemv", x, lowering.at(ids), used, 2, *arguments)
     hidden, closed = lowering.scratch((1, used * width)).heads(used), lowering.scratch((used, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
@@ -209,14 +235,15 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
     name, kind = gemv_kernel(down.format)
     closing, apart, stride = for_itself(lowering, hidden, kind)
     last = (Function(name), lowering.addresses(down), down.row_nbytes, closing, stride, apart, lowering.at(closed))
-    lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows)
+    lowering.emit("experts_gemv", x, lowering.at(ids), used, 1, *last, down.columns, down.rows, biases[2])
     lowering.barrier()
-    total = (lowering.at(closed), lowering.at(shares), used, 0, lowering.at(out), down.rows)
+    total = (lowering.at(closed), _weights(lowering, op), used, 0, lowering.at(out), down.rows)
     lowering.emit("experts_combine", x, *total)
 
 
 def _lower_chunk(lowering: Lowering, op: Op) -> None:
-    (x, ids, shares), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights
+    (x, ids, _), (out,), (gate, up, down) = op.inputs, op.outputs, op.weights[:3]
+    biases = _biases(lowering, op)
     used, count, width, isa = ids.shape[1], gate.shape[0], gate.rows, lowering.isa
     choices = x.shape[0] * used
     how = {w.format.name: products.product(w.format, isa) for w in (gate, up, down)}
@@ -226,7 +253,7 @@ def _lower_chunk(lowering: Lowering, op: Op) -> None:
     scratch_nbytes = max(products.scratch_nbytes(p.form, isa, x.shape[0]) for p in how.values())
     scratch = lowering.temporary(scratch_nbytes * lowering.threads)
 
-    def multiply(source: Tensor, weights: list[Weight], targets: list[Tensor]) -> None:
+    def multiply(source: Tensor, weights: list[Weight], targets: list[Tensor], added: list[int]) -> None:
         columns = source.shape[1]
         panels: dict[str, tuple[At, int, int]] = {}
         for form in dict.fromkeys(how[w.format.name].form for w in weights):
@@ -236,10 +263,10 @@ def _lower_chunk(lowering: Lowering, op: Op) -> None:
             packing = (room, Function(products.packing_kernel(form)), wide, nbytes, counters.pop())
             lowering.emit("experts_pack", x, lowering.at(source), columns, starts, count, *packing)
         each: list[Argument] = []
-        for w, target in zip(weights, targets, strict=True):
+        for w, target, bias in zip(weights, targets, added, strict=True):
             kernels = how[w.format.name]
             each += [Function(kernels.gemm), Function(kernels.unpack), lowering.addresses(w), w.row_nbytes]
-            each += [*panels[kernels.form], lowering.at(target)]
+            each += [*panels[kernels.form], lowering.at(target), bias]
         shared = (scratch, scratch_nbytes, counters.pop(), weights[0].rows, len(weights))
         lowering.emit("experts_gemm", x, columns, starts, count, *shared, *each)
 
@@ -249,10 +276,10 @@ def _lower_chunk(lowering: Lowering, op: Op) -> None:
     row = (lowering.at(x), 4 * x.strides[0], used, places, lowering.at(gathered), x.shape[1])
     lowering.emit("experts_gather", x, *row)
     opened = [lowering.scratch((choices, width)) for _ in range(2)]
-    multiply(gathered, [gate, up], opened)
+    multiply(gathered, [gate, up], opened, biases[:2])
     hidden, closed = lowering.scratch((choices, width)), lowering.scratch((choices, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
     lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)  # `used` rows of it for each token
-    multiply(hidden, [down], [closed])
-    total = (lowering.at(closed), lowering.at(shares), used, places, lowering.at(out), down.rows)
+    multiply(hidden, [down], [closed], biases[2:])
+    total = (lowering.at(closed), _weights(lowering, op), used, places, lowering.at(out), down.rows)
     lowering.emit("experts_combine", x, *total)

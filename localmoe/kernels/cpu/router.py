@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @kernel("route", 3)
 def route(v: Any) -> Any:
     """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid, bias (0: none), groups, groups
-    used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread."""
+    used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread, 1 to
+    choose by the logits."""
     slot, rows = slots(v), row_count(v)
     scores_of, mask_groups, best = _scores(v), _mask_groups(v), _best(v)
 
@@ -27,8 +28,9 @@ def route(v: Any) -> Any:
         standing = scores + 4 * ((count + 15) // 16 * 16)
         for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
             scores_of(slot(a, 2) + 4 * t * count, scores, count, slot(a, 7))
+            chosen_by = slot(a, 2) + 4 * t * count if slot(a, 16) == 1 else scores
             for e in range(0, 4 * count, 4):
-                s = v.load(v.float32, scores + e)
+                s = v.load(v.float32, chosen_by + e)
                 v.store(standing + e, s + v.load(v.float32, bias + e) if bias != 0 else s)
             if slot(a, 9) > 1:
                 mask_groups(standing, count, slot(a, 9), slot(a, 10), slot(a, 11))
@@ -116,4 +118,5 @@ def lower_route(lowering: Lowering, op: Op) -> None:
     place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares))
     choice = (r.used, int(r.score == "sigmoid"), bias)
     groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
-    lowering.emit("route", logits, *place, *choice, *groups, lowering.temporary(nbytes * lowering.threads), nbytes)
+    scratch = lowering.temporary(nbytes * lowering.threads)
+    lowering.emit("route", logits, *place, *choice, *groups, scratch, nbytes, int(r.choice == "logits"))
