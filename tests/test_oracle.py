@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from families import chosen_experts, in_memory, logits, relative_error
 from oracle_cases import CASES, VOCABULARY, latent, yarn
+from oracle_dense import DENSE
+from oracle_mixtures import MIXTURES
 
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.oracle
 TOLERANCE = 2e-5
 SEEDS = range(4)
 TOKENS = 72  # original contexts are 16 or 32 tokens, windows 3 to 20
-RUNS = [(name, rope, seed) for name, case in CASES.items() for rope in case.ropes for seed in SEEDS]
+ALL = {**CASES, **DENSE, **MIXTURES}
+RUNS = [(name, rope, seed) for name, case in ALL.items() for rope in case.ropes for seed in SEEDS]
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +101,7 @@ def test_fresh_models_agree_with_transformers(
 ) -> None:
     import torch
 
-    case, r = CASES[name], Random(f"{name} {rope} {seed}")
+    case, r = ALL[name], Random(f"{name} {rope} {seed}")
     config = getattr(transformers, f"{case.kind}Config")(**case.settings(r, rope))
     model = random_model(transformers, config, seed)
     ids = [r.randrange(VOCABULARY) for _ in range(TOKENS)]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from localmoe.errors import FileFormatError, UnsupportedError
+from localmoe.formats import Weight
 from localmoe.loader.source import listed, shown
 
 Keys = dict[str, Any]
+Makers = dict[str, Callable[[], Weight]]
 INT_LIMIT = 1 << 31
 
 
@@ -75,7 +77,8 @@ class Family:
     """How one `model_type` becomes a GGUF architecture; GGUF keys stand without the architecture's prefix.
 
     `numbers` only change their name, `steps` do the rest; `activations` are the values of hidden_act that the family
-    runs, `epsilon` is GGUF's key and config.json's.
+    runs, `epsilon` is GGUF's key and config.json's. `rewrite` changes the folder's tensors, makers by GGUF name, to what
+    a GGUF file of the architecture holds.
     """
 
     architecture: str
@@ -83,3 +86,4 @@ class Family:
     steps: tuple[Callable[[Settings, Keys, str], None], ...]
     activations: tuple[str, ...] = ("silu",)
     epsilon: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+    rewrite: Callable[[Makers, Keys], None] | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.loader.checkpoint import stacked
-from localmoe.loader.huggingface_config import config_keys
+from localmoe.loader.huggingface_config import FAMILIES, config_keys
 from localmoe.loader.safetensors import Entry, read_json, read_shards
 from localmoe.loader.source import LazyWeights, Source, read_small_file, shown
 
@@ -37,9 +37,13 @@ def open_folder(path: Path) -> Source:
 
     Raises: FileFormatError (broken, a shard or tensor missing), UnsupportedError (model_type, dtype or config value).
     """
-    architecture, keys, tied = config_keys(read_json(path / "config.json", SMALL), str(path / "config.json"))
+    config = read_json(path / "config.json", SMALL)
+    architecture, keys, tied = config_keys(config, str(path / "config.json"))
     entries, nbytes = read_shards(path)
     makers = _gguf_named(path, entries, architecture, keys[f"{architecture}.block_count"])
+    rewrite = FAMILIES[config["model_type"]].rewrite
+    if rewrite:
+        rewrite(makers, {name.removeprefix(f"{architecture}."): value for name, value in keys.items()})
     if tied:
         makers.pop("output.weight", None)
     elif tied is False and "output.weight" not in makers:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from localmoe.errors import UnsupportedError
+from localmoe.loader.config_dense import DENSE
 from localmoe.loader.config_json import Family, Keys, Settings
+from localmoe.loader.config_mixtures import MIXTURES
 from localmoe.loader.config_steps import (
     deepseek_experts,
     heads,
@@ -59,6 +61,8 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family("olmoe", CHOSEN, (heads, softmax_experts, rope)),
     "deepseek_v2": Family("deepseek2", DEEPSEEK, (latent_heads, deepseek_experts, rope)),
     "deepseek_v3": Family("deepseek2", DEEPSEEK, (latent_heads, deepseek_experts, rope)),
+    **DENSE,
+    **MIXTURES,
 }
 
 
