@@ -77,8 +77,8 @@ class Family:
     """How one `model_type` becomes a GGUF architecture; GGUF keys stand without the architecture's prefix.
 
     `numbers` only change their name, `steps` do the rest; `activations` are the values of hidden_act that the family
-    runs, `epsilon` is GGUF's key and config.json's. `rewrite` changes the folder's tensors, makers by GGUF name, to what
-    a GGUF file of the architecture holds.
+    runs, `epsilon` is GGUF's key and config.json's. `rewrite` changes the folder's tensors, makers by GGUF name, to
+    what a GGUF file of the architecture holds.
     """
 
     architecture: str
