@@ -210,6 +210,9 @@ class Model:
         if asked is not None and asked < 1:
             raise SettingError(f"a context of {asked} tokens is not possible; at least 1 is")
         context = asked or min(trained, DEFAULT_CONTEXT)
+        positions = [op.weights[0].rows for op in self.network.program(1).ops if op.name == "add_positions"]
+        if positions and context > positions[0]:
+            raise SettingError(f"a context of {context} tokens is not possible; the model has {positions[0]} positions")
         per_token = self.network.program(1).cache_nbytes(cache_format(kv_format))
         free = available_nbytes()
         if context * per_token > free:

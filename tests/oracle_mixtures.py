@@ -1,7 +1,107 @@
-"""Random settings of transformers' config classes for Mixture-of-Experts families; see `oracle_cases`."""
+"""Cases of Mixture-of-Experts families, and how transformers' routers say which experts they chose; see
+`oracle_cases`."""
 
 from __future__ import annotations
 
-from oracle_cases import Case
+from random import Random
+from typing import Any
 
-MIXTURES: dict[str, Case] = {}
+import numpy as np
+from oracle_cases import ROPES, Case, common, experts, grouped, latent
+
+ROUTERS = ("Router", "MoEV1Gate")  # endings of the names of transformers' classes
+
+
+def expert_ids(module: Any, outputs: Any) -> np.ndarray:
+    """The ids (T, k) among a router's outputs; Llama 4's gives scores and logits alone, the chosen are the best."""
+    found = [o for o in outputs if not o.is_floating_point()] or [outputs[-1].topk(module.top_k).indices]
+    return np.asarray(found[0])
+
+
+def chosen(r: Random, count: str = "num_local_experts") -> dict[str, Any]:
+    return dict(zip((count, "num_experts_per_tok"), experts(r), strict=True))
+
+
+def gpt_oss(r: Random, rope: str) -> dict[str, Any]:
+    window = {"sliding_window": r.choice((3, 8, 20)), "head_dim": r.choice((8, 16, 24))}
+    layers = [r.choice(("sliding_attention", "full_attention")) for _ in range(3)]
+    types = {"num_hidden_layers": 3, "layer_types": r.choice((None, layers))}
+    return common(r, rope) | chosen(r) | window | types
+
+
+def llama4(r: Random, rope: str) -> dict[str, Any]:
+    return common(r, rope) | {
+        "num_local_experts": r.randrange(2, 9), "num_experts_per_tok": 1, "intermediate_size_mlp": r.choice((40, 72)),
+        "head_dim": r.choice((8, 16, 24)), "num_hidden_layers": 5, "attention_chunk_size": r.choice((3, 8, 20)),
+        "interleave_moe_layer_step": r.choice((1, 2)), "use_qk_norm": r.random() < 0.7, "attn_scale": 0.4,
+        "floor_scale": r.choice((4, 16)), "attn_temperature_tuning": r.random() < 0.8,
+        "no_rope_layers": r.choice(([], [1, 0, 1, 1, 0])),
+    }  # fmt: skip
+
+
+def glm4_moe(r: Random, rope: str) -> dict[str, Any]:
+    theta = {"rope_theta": 500.0, "partial_rotary_factor": r.choice((0.5, 0.25, 1.0))}
+    return common(r, rope) | r.choice((grouped, ungrouped))(r) | {
+        "head_dim": r.choice((8, 16, 32)), "moe_intermediate_size": 24, "n_shared_experts": r.choice((1, 2)),
+        "first_k_dense_replace": r.choice((0, 1)), "routed_scaling_factor": r.choice((1.0, 2.5)),
+        "norm_topk_prob": r.random() < 0.7, "use_qk_norm": r.random() < 0.5, "attention_bias": r.random() < 0.5,
+        "rope_parameters": ROPES[rope](r) | theta,
+    }  # fmt: skip
+
+
+def ungrouped(r: Random) -> dict[str, Any]:
+    return chosen(r, "n_routed_experts") | {"n_group": 1, "topk_group": 1}
+
+
+def mistral4(r: Random, rope: str) -> dict[str, Any]:
+    settings = latent(r, rope, r.random() < 0.7) | r.choice((grouped, ungrouped))(r)
+    settings["norm_topk_prob"] = r.random() < 0.7
+    partial = settings["qk_rope_head_dim"] / (settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"])
+    warmed = {"llama_4_scaling_beta": r.choice((0.1, 0.4)), "partial_rotary_factor": partial}
+    return settings | {"rope_parameters": ROPES[rope](r) | {"rope_theta": 10000.0} | warmed}
+
+
+def granite(r: Random, rope: str) -> dict[str, Any]:
+    return common(r, rope) | chosen(r) | {
+        "embedding_multiplier": 3.0, "attention_multiplier": r.choice((0.1, 0.4)), "logits_scaling": 6.0,
+        "residual_multiplier": r.choice((0.22, 1.0)),
+    }  # fmt: skip
+
+
+def minimax(r: Random, rope: str) -> dict[str, Any]:
+    theta = {"rope_theta": 500.0, "partial_rotary_factor": r.choice((0.5, 1.0))}
+    return common(r, rope) | chosen(r) | {"head_dim": r.choice((8, 16, 24)), "rope_parameters": ROPES[rope](r) | theta}
+
+
+def ernie(r: Random, rope: str) -> dict[str, Any]:
+    count, used = experts(r)
+    return common(r, rope) | {
+        "moe_num_experts": count, "moe_k": used, "moe_num_shared_experts": r.choice((0, 1, 2)), "num_hidden_layers": 4,
+        "moe_intermediate_size": 24, "moe_layer_start_index": r.choice((0, 1, 2)),
+        "moe_layer_interval": r.choice((1, 2)),
+    }  # fmt: skip
+
+
+def hunyuan(r: Random, rope: str) -> dict[str, Any]:
+    count, used = experts(r)
+    settings = common(r, rope) | {"num_experts": count, "moe_topk": used, "head_dim": r.choice((8, 16, 24))}
+    if rope == "plain" and r.random() < 0.5:
+        settings["rope_parameters"] |= {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+    return settings
+
+
+MIXTURES: dict[str, Case] = {
+    "gpt-oss": Case(
+        "GptOss", gpt_oss, ("plain", "yarn", "yarn, not truncated", "yarn, other betas", "yarn, attention factor")
+    ),
+    "llama4": Case("Llama4Text", llama4, ("plain", "llama3", "yarn")),
+    "glm4moe": Case("Glm4Moe", glm4_moe, ("plain", "yarn", "linear")),
+    "granitemoe": Case("GraniteMoe", granite),
+    "granitemoe, shared": Case(
+        "GraniteMoeShared", lambda r, rope: granite(r, rope) | {"shared_intermediate_size": r.choice((0, 24, 40))}
+    ),
+    "minimax-m2": Case("MiniMaxM2", minimax),
+    "ernie4_5-moe": Case("Ernie4_5_Moe", ernie),
+    "hunyuan-moe": Case("HunYuanMoEV1", hunyuan),
+    "mistral4": Case("Mistral4", mistral4, ("yarn, equal mscales", "yarn, two mscales", "yarn, mscale of all")),
+}

@@ -350,6 +350,7 @@ ATTENTIONS: dict[str, Forward] = {
     "a window": attended(4, 2, 8, window=3),
     "a window of one": attended(2, 2, 8, window=1),
     "a temperature": attended(4, 2, 24, temperature=Temperature(0.5, 7)),
+    "a temperature with an offset": attended(4, 2, 24, temperature=Temperature(0.5, 7, 1)),
     "a value that is a prefix of the key": latent(16),
     "a prefix of odd width": latent(9),
     "a prefix, a window and a temperature": latent(20, window=50, temperature=Temperature(0.1, 64)),

@@ -16,7 +16,7 @@ import pytest
 from families import chosen_experts, in_memory, logits, relative_error
 from oracle_cases import CASES, VOCABULARY, latent, yarn
 from oracle_dense import DENSE
-from oracle_mixtures import MIXTURES
+from oracle_mixtures import MIXTURES, ROUTERS, expert_ids
 
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
@@ -42,7 +42,8 @@ def random_model(transformers: Any, config: Any, seed: int) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    kind = getattr(transformers, type(config).__name__.replace("Config", "ForCausalLM"))
+    name = type(config).__name__.replace("TextConfig", "Config").replace("Config", "ForCausalLM")
+    kind = getattr(transformers, name.replace("GPT2ForCausalLM", "GPT2LMHeadModel"))
     model = kind._from_config(config, attn_implementation="eager").eval().float()
     kept = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
     weights = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction_bias" in n)]
@@ -62,14 +63,9 @@ def right_answer(model: Any, ids: list[int]) -> tuple[np.ndarray, list[np.ndarra
     import torch
 
     chosen: list[np.ndarray] = []
-
-    def keep(module: Any, inputs: Any, outputs: tuple[Any, ...]) -> None:
-        (found,) = (o for o in outputs if o.dtype == torch.int64)
-        chosen.append(found.numpy())
-
     for module in model.modules():
-        if type(module).__name__.endswith("Router"):
-            module.register_forward_hook(keep)
+        if type(module).__name__.endswith(ROUTERS):
+            module.register_forward_hook(lambda module, inputs, outputs: chosen.append(expert_ids(module, outputs)))
     with torch.no_grad():
         result = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     return result, chosen

@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V3, R1 and Mistral Large 3: latent attention in absorbed form, shared and routed experts.
+"""DeepSeek-V2, V3, R1, Mistral Large 3 and Small 4: latent attention in absorbed form, shared and routed experts.
 
 DeepSeek-V2 (2024) section 2.1, DeepSeek-V3 (2024) section 2.1. Only the latent and one rope key per token are cached;
 q is carried into the latent space by k_b, and the attended latent out of it by v_b.
@@ -17,7 +17,7 @@ from localmoe.kernels.program import RopeTable, Router, Temperature, Tensor
 from localmoe.loader.checkpoint import Checkpoint
 from localmoe.loader.metadata import Metadata
 
-MODEL_TYPES = ("deepseek2",)
+MODEL_TYPES = ("deepseek2", "mistral4")
 GATING = {0: "softmax", 1: "softmax", 2: "sigmoid"}  # expert_gating_func; 0 and absent mean softmax
 
 
@@ -78,11 +78,12 @@ class Config:
 
 
 def read_router(meta: Metadata) -> Router:
-    """V3 sums a group's two best biased scores, V2 takes its best; both mask the other groups out."""
+    """V3 and Mistral 4 sum a group's two best biased scores, V2 takes its best; all mask the other groups out."""
     meta.expect("expert_gating_func", *GATING)
     # GLM-4.7-Flash is stored as deepseek2 without the key, and it is sigmoid (llama.cpp knows it by these sizes).
     glm_flash = meta.int("block_count") in (47, 48) and meta.vocabulary == 154880
     score = GATING[meta.int("expert_gating_func", 2 if glm_flash else 0)]
+    older = meta.architecture == "deepseek2"
     return Router(
         score=score,
         used=meta.int("expert_used_count", 0),
@@ -90,14 +91,15 @@ def read_router(meta: Metadata) -> Router:
         scale=meta.float("expert_weights_scale", 1.0) or 1.0,
         groups=meta.int("expert_group_count", 1) or 1,
         groups_used=meta.int("expert_group_used_count", 1) or 1,
-        group_score=meta.str("expert_group_score", "top2" if score == "sigmoid" else "max"),
+        group_score=meta.str("expert_group_score", "max" if older and score == "softmax" else "top2"),
     )
 
 
 def read_temperature(meta: Metadata) -> Temperature | None:
-    """Mistral Large 3 warms its queries with the position."""
+    """Mistral Large 3 and Small 4 warm their queries with the position; the length is that of YaRN if not said."""
     scale = meta.float("attention.temperature_scale", 0.0)
-    length = meta.int("attention.temperature_length", 0)
+    original = meta.int("rope.scaling.original_context_length", 0) if meta.architecture == "mistral4" else 0
+    length = meta.int("attention.temperature_length", original)
     if scale and not length:
         raise FileFormatError(
             f"{meta.origin}: attention.temperature_length is 0 or missing, a number of tokens is expected"

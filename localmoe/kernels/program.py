@@ -89,19 +89,27 @@ class RopeTable:
 
     `layout` says which elements form a pair: "pairs" (2i, 2i+1) or "halves" (i, i + n). The first 2 · n elements of a
     head turn.
+    A context of more than `original_context` tokens takes the frequencies of `longer` where there are any (LongRoPE).
     """
 
     inverse_frequencies: Floats
     layout: str
     amplitude: float = 1.0
+    longer: Floats | None = None
+    original_context: int = 0
+
+    def frequencies(self, context: int) -> Floats:
+        """Those of a context of so many tokens."""
+        return self.inverse_frequencies if self.longer is None or context <= self.original_context else self.longer
 
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """Llama-4 query scaling: q · (1 + scale · ln(1 + floor(position / length)))."""
+    """Llama-4 query scaling: q · (1 + scale · ln(1 + floor((position + offset) / length)))."""
 
     scale: float
     length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,16 +162,18 @@ def head_linear(device: ReferenceDevice, op: Op, inputs: list[Array], position: 
     return [np.einsum("tha,hab->thb" if op.attributes["transposed"] else "tha,hba->thb", inputs[0], weight)]
 
 
-def rope_angles(table: RopeTable, position: int, tokens: int) -> tuple[Floats, Floats]:
-    """cos and sin, (T, n) each, in float32 as transformers computes them."""
-    angles = np.arange(position, position + tokens, dtype=np.float32)[:, None] * table.inverse_frequencies
+def rope_angles(table: RopeTable, position: int, tokens: int, context: int = 0) -> tuple[Floats, Floats]:
+    """cos and sin, (T, n) each, in float32 as transformers computes them. `context` ends with these tokens if not
+    said."""
+    frequencies = table.frequencies(context or position + tokens)
+    angles = np.arange(position, position + tokens, dtype=np.float32)[:, None] * frequencies
     return np.cos(angles) * np.float32(table.amplitude), np.sin(angles) * np.float32(table.amplitude)
 
 
 def rope(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
     table: RopeTable = op.attributes["table"]
     x, n = np.array(inputs[0], np.float32), table.inverse_frequencies.size
-    cos, sin = (a[:, None, :] for a in rope_angles(table, position, x.shape[0]))
+    cos, sin = (a[:, None, :] for a in rope_angles(table, position, x.shape[0], device.context))
     first, second = (
         (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if table.layout == "pairs" else (slice(0, n), slice(n, 2 * n))
     )
@@ -201,7 +203,8 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
     v = k[:, :, : layer.value_prefix] if stored is None else stored[:, :end]
     at = np.arange(position, end)
     if temperature := op.attributes["temperature"]:
-        q = q * (1 + temperature.scale * np.log1p(at // temperature.length)).astype(np.float32)[:, None, None]
+        steps = (at + temperature.offset) // temperature.length
+        q = q * (1 + temperature.scale * np.log1p(steps)).astype(np.float32)[:, None, None]
     shared = q.reshape(tokens, layer.heads, -1, layer.key_width)
     scores = np.einsum("tkgd,ksd->kgts", shared, k) * np.float32(op.attributes["scale"])
     if cap := np.float32(op.attributes["softcap"]):

@@ -78,7 +78,7 @@ class Family:
 
     `numbers` only change their name, `steps` do the rest; `activations` are the values of hidden_act that the family
     runs, `epsilon` is GGUF's key and config.json's. `rewrite` changes the folder's tensors, makers by GGUF name, to
-    what a GGUF file of the architecture holds.
+    what a GGUF file of the architecture holds, `quantizations` are the values of quant_method that it knows.
     """
 
     architecture: str
@@ -87,3 +87,4 @@ class Family:
     activations: tuple[str, ...] = ("silu",)
     epsilon: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
     rewrite: Callable[[Makers, Keys], None] | None = None
+    quantizations: tuple[str, ...] = ()

@@ -12,21 +12,36 @@ from localmoe.errors import UnsupportedError
 from localmoe.loader.config_json import INT_LIMIT, Keys, Settings
 from localmoe.loader.source import shown
 
+# rope_theta where config.json is silent, for those whose default is not 10,000 (transformers' configuration files).
+BASES = {
+    "mixtral": 1e6, "gpt_oss": 150000.0, "llama4_text": 500000.0, "minimax_m2": 5e6, "gemma3_text": 1e6,
+    "cohere": 500000.0, "smollm3": 2e6,
+}  # fmt: skip
+# Architectures of which a part of each head may turn, and partial_rotary_factor where config.json is silent.
+PARTIAL = {"glm4moe": 0.5, "minimax-m2": 1.0, "glm4": 0.5}
+# Width of a head where config.json is silent, for those whose default is no quotient.
+HEAD_WIDTHS = {"qwen3": 128, "gemma2": 256, "gemma3": 256, "glm4": 128, "mistral3": 128}
+
 
 def heads(settings: Settings, keys: Keys, architecture: str) -> None:
-    """Grouped-query attention; head_dim may be missing or null, except where it is no quotient (Qwen3: 128)."""
-    count = settings.whole("num_attention_heads")
-    if count < 1:
-        raise settings.wrong("num_attention_heads", count, "at least 1")
-    default = 128 if architecture == "qwen3" else keys["embedding_length"] // count
-    length = settings.whole("head_dim", default=default)
-    keys["attention.head_count"] = count
-    keys["attention.head_count_kv"] = settings.whole("num_key_value_heads", default=count)
-    keys["attention.key_length"] = keys["attention.value_length"] = keys["rope.dimension_count"] = length
+    """Grouped-query attention without biases (but Qwen's), every element of a head turned."""
+    head_sizes(settings, keys, architecture)
     settings.expect("attention_bias", False)
     settings.expect("qkv_bias", True)
     settings.expect("mlp_bias", False)
     settings.expect("partial_rotary_factor", 1, 1.0)
+
+
+def head_sizes(settings: Settings, keys: Keys, architecture: str) -> None:
+    """Counts and widths; head_dim may be missing or null, except where it is no quotient (Qwen3: 128)."""
+    count = settings.whole("num_attention_heads")
+    if count < 1:
+        raise settings.wrong("num_attention_heads", count, "at least 1")
+    default = HEAD_WIDTHS.get(architecture, keys["embedding_length"] // count)
+    length = settings.whole("head_dim", default=default)
+    keys["attention.head_count"] = count
+    keys["attention.head_count_kv"] = settings.whole("num_key_value_heads", default=count)
+    keys["attention.key_length"] = keys["attention.value_length"] = keys["rope.dimension_count"] = length
 
 
 def latent_heads(settings: Settings, keys: Keys, architecture: str) -> None:
@@ -118,14 +133,20 @@ def rope(settings: Settings, keys: Keys, architecture: str) -> None:
     if not isinstance(found, dict):
         raise settings.wrong("rope_parameters", found, "an object")
     inner = Settings(found, f"{settings.origin}: rope")
-    default = 1e6 if settings.values["model_type"] == "mixtral" else 1e4
+    default = BASES.get(settings.values["model_type"], 1e4)
     keys["rope.freq_base"] = inner.number("rope_theta", default=settings.number("rope_theta", default=default))
     kind = inner.take("rope_type", "type") or "default"
+    if kind == "dynamic" and architecture == "hunyuan-moe":  # a fixed stretch of the base, whatever the name says
+        kind, width, alpha = "default", keys["attention.key_length"], inner.number("alpha")
+        if alpha <= 0 or width < 3:
+            raise inner.wrong("alpha", alpha, "a number above 0, for heads wider than 2")
+        keys["rope.freq_base"] *= alpha ** (width / (width - 2))
+        inner.take("factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UnsupportedError(
             f"{inner.origin}: rope_type is {shown(kind)}; possible are default, linear, llama3 and yarn"
         )
-    inner.expect("partial_rotary_factor", 1, 1.0)
+    _turned_part(settings, inner, keys, architecture)
     original = settings.take("original_max_position_embeddings") or inner.take("original_max_position_embeddings")
     if kind != "default":
         keys["rope.scaling.type"] = kind
@@ -142,7 +163,21 @@ def rope(settings: Settings, keys: Keys, architecture: str) -> None:
         keys["rope.scaling.high_freq_factor"] = inner.number("high_freq_factor")
     if kind == "yarn":
         _yarn(inner, keys, architecture)
+    if beta := inner.number("llama_4_scaling_beta", default=0):
+        keys["attention.temperature_scale"] = beta
+        keys["attention.temperature_length"] = keys.get("rope.scaling.original_context_length", keys["context_length"])
+        inner.take("max_position_embeddings")  # said again
     inner.finish()
+
+
+def _turned_part(settings: Settings, inner: Settings, keys: Keys, architecture: str) -> None:
+    """How many elements of each head turn; in latent attention they are named by themselves."""
+    default = settings.number("partial_rotary_factor", default=PARTIAL.get(architecture, 1.0))
+    share = inner.number("partial_rotary_factor", default=default)
+    if architecture in PARTIAL:
+        keys["rope.dimension_count"] = int(keys["attention.key_length"] * share)
+    elif "attention.kv_lora_rank" not in keys:
+        inner.expect("partial_rotary_factor", 1, 1.0)
 
 
 def _yarn(inner: Settings, keys: Keys, architecture: str) -> None:
@@ -161,8 +196,8 @@ def _yarn(inner: Settings, keys: Keys, architecture: str) -> None:
     keys["rope.scaling.yarn_beta_slow"] = inner.number("beta_slow", default=0) or 1.0
     implied = magnitude(1.0)
     if denominator:
-        # deepseek2 files hold a tenth of mscale_all_dim here, all others the number itself (llama.cpp's conversion).
-        keys["rope.scaling.yarn_log_multiplier"] = denominator * (0.1 if architecture == "deepseek2" else 1.0)
+        # deepseek2 and mistral4 files hold a tenth of mscale_all_dim, others all of it (llama.cpp's conversion).
+        keys["rope.scaling.yarn_log_multiplier"] = denominator * (0.1 if "attention.kv_lora_rank" in keys else 1.0)
         keys["rope.scaling.yarn_mscale"] = numerator or 1.0
         implied = magnitude(numerator or 1.0) / magnitude(denominator)
     wanted = implied if numerator and denominator else magnitude(1.0)
@@ -171,3 +206,17 @@ def _yarn(inner: Settings, keys: Keys, architecture: str) -> None:
         keys["rope.scaling.attn_factor"] = wanted / implied
     if not inner.flag("truncate", True):
         keys["rope.scaling.yarn_truncate"] = False
+
+
+def layer_pattern(settings: Settings, keys: Keys, kind: str, default: list[bool]) -> list[bool]:
+    """Which layers are of `kind` by layer_types, where the others have full attention."""
+    found = settings.take("layer_types")
+    if found is None:
+        return default
+    if not isinstance(found, list) or len(found) != keys["block_count"]:
+        raise settings.wrong("layer_types", found, f"a name for each of {keys['block_count']} layers")
+    if any(name not in (kind, "full_attention") for name in found):
+        raise UnsupportedError(
+            f"{settings.origin}: layer_types is {shown(found)}; possible are {kind!r} and 'full_attention'"
+        )
+    return [name == kind for name in found]

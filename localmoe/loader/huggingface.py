@@ -12,17 +12,32 @@ from typing import Any
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.loader.checkpoint import stacked
-from localmoe.loader.huggingface_config import FAMILIES, config_keys
-from localmoe.loader.safetensors import Entry, read_json, read_shards
+from localmoe.loader.huggingface_config import FAMILIES, config_keys, text_settings
+from localmoe.loader.safetensors import PACKED, Entry, read_json, read_shards
 from localmoe.loader.source import LazyWeights, Source, read_small_file, shown
 
 SMALL, LARGE = 1 << 24, 1 << 26
 EXPERT = re.compile(r"(?P<head>.*\.experts)\.(?P<number>\d{1,6})\.(?P<tail>[^.]+)\.(?P<suffix>weight|bias)")
-LAYER = re.compile(r"model\.layers\.(?P<number>\d{1,6})\.(?P<rest>.*)")
+LAYER = re.compile(r"(?P<head>model\.layers|(?:transformer\.)?h)\.(?P<number>\d{1,6})\.(?P<rest>.*)")
+# A text model beside a vision model, whose own tensors the checkpoint skips as GGUF's "v." ones.
+TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.|^language_model\.(?=lm_head)")
+VISION = re.compile(r"(?:model\.)?(?:vision_model|vision_tower|multi_modal_projector)\.")
 # Rope frequencies that old checkpoints store although config.json implies them.
 IMPLIED = re.compile(r".*\.rotary_emb\.inv_freq")
-# Names that the gguf package's map lacks: transformers' fused experts, which have no suffix.
-FUSED = {"mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight", "mlp.experts.down_proj": "ffn_down_exps.weight"}
+# Names that the gguf package's map lacks: fused experts, and transformers' names without suffix.
+FUSED = {
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight", "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.experts.gate_up_proj_bias": "ffn_gate_up_exps.bias", "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
+    "mlp.experts.gate_up_proj_blocks": "ffn_gate_up_exps.blocks",
+    "mlp.experts.gate_up_proj_scales": "ffn_gate_up_exps.scales",
+    "mlp.experts.down_proj_blocks": "ffn_down_exps.blocks", "mlp.experts.down_proj_scales": "ffn_down_exps.scales",
+    "feed_forward.experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "feed_forward.experts.down_proj": "ffn_down_exps.weight",
+    "block_sparse_moe.input_linear.weight": "ffn_gate_up_exps.weight",
+    "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
+}  # fmt: skip
+# Families whose map has no output of its own (Gemma, Command R), as every released file ties it to the embedding.
+UNTIED = {"lm_head.weight": "output.weight"}
 # generation_config.json's names for the sampling settings that GGUF keeps under general.sampling.
 SAMPLING = {
     "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat",
@@ -37,7 +52,7 @@ def open_folder(path: Path) -> Source:
 
     Raises: FileFormatError (broken, a shard or tensor missing), UnsupportedError (model_type, dtype or config value).
     """
-    config = read_json(path / "config.json", SMALL)
+    config = text_settings(read_json(path / "config.json", SMALL))
     architecture, keys, tied = config_keys(config, str(path / "config.json"))
     entries, nbytes = read_shards(path)
     makers = _gguf_named(path, entries, architecture, keys[f"{architecture}.block_count"])
@@ -66,7 +81,8 @@ def _gguf_named(
     for name, entry in entries.items():
         if IMPLIED.fullmatch(name):
             continue
-        entry.require_readable()
+        if not (name.endswith(("_blocks", "_scales")) and entry.dtype in PACKED):
+            entry.require_readable()
         single = EXPERT.fullmatch(name)
         if single:
             stack = rename(f"{single['head']}.{single['tail']}.{single['suffix']}")
@@ -110,13 +126,16 @@ def _renaming(architecture: str, layers: int) -> Callable[[str], str]:
 
     @cache
     def rename(name: str) -> str:
+        if VISION.match(name):
+            return f"v.{name}"
+        name = TEXT.sub(lambda found: "" if found[0] == "language_model." else "model.", name)
         layer = LAYER.fullmatch(name)
         if not layer:
-            return lookup(name) or name
+            return lookup(name) or UNTIED.get(name, name)
         number, rest = int(layer["number"]), layer["rest"]
         if number >= layers:
             return f"blk.{number}.nextn.{rest}"  # a multi-token-prediction layer
-        inner = FUSED.get(rest) or (lookup(f"model.layers.0.{rest}") or "").removeprefix("blk.0.")
+        inner = FUSED.get(rest) or (lookup(f"{layer['head']}.0.{rest}") or "").removeprefix("blk.0.")
         return f"blk.{number}.{inner}" if inner else name
 
     return rename

@@ -48,7 +48,10 @@ CHOSEN = {**COMMON, "expert_used_count": "num_experts_per_tok"}
 QWEN_MOE = {**CHOSEN, "expert_feed_forward_length": "moe_intermediate_size"}
 SHARED = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
 DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
-EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+# model_type of files that keep a text model's settings in text_config.
+WRAPPERS = ("llama4", "mistral3")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", COMMON, (heads, rope)),
@@ -66,6 +69,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def text_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text model's settings where one stands beside a vision model, else the same."""
+    text = values.get("text_config")
+    if values.get("model_type") not in WRAPPERS or not isinstance(text, dict):
+        return values
+    outer = ("quantization_config", "tie_word_embeddings")
+    return {**text, **{name: values[name] for name in outer if text.get(name) is None and name in values}}
+
+
 def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, Any], bool | None]:
     """The GGUF architecture, its keys with prefix, and what tie_word_embeddings says (None where it says nothing).
 
@@ -77,8 +89,8 @@ def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, 
     if family is None:
         raise UnsupportedError(f"{origin}: model_type is {shown(kind)}; possible are {', '.join(FAMILIES)}")
     quantization = settings.take("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and method not in family.quantizations:
         raise UnsupportedError(
             f"{origin}: weights quantised by {shown(method)}; possible are F32, F16 and BF16, or a GGUF file"
         )

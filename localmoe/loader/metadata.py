@@ -12,14 +12,14 @@ import numpy as np
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.loader.source import listed, shown
 
-INT_LIMIT, FLOAT_LIMIT = 1 << 31, 3.5e38
+INT_LIMIT, FLOAT_LIMIT, LAYER_LIMIT = 1 << 31, 3.5e38, 4096
 
 # Keys that may stay unread: they say nothing about the computation, or only what every tensor's shape says again.
 HARMLESS = frozenset(
     {
         "vocab_size", "context_length", "embedding_length", "feed_forward_length", "expert_feed_forward_length",
         "expert_shared_feed_forward_length", "expert_shared_count", "tensor_data_layout", "rope.scaling.finetuned",
-        "pooling_type", "classifier.output_labels",
+        "pooling_type", "classifier.output_labels", "rope.factors_short", "rope.factors_long",
     }
 )  # fmt: skip
 
@@ -62,6 +62,20 @@ class Metadata:
         if not isinstance(found, builtins.str):
             raise self._wrong(key, found, "a string")
         return found
+
+    def pattern(self, key: builtins.str, layers: builtins.int, period: builtins.int) -> tuple[builtins.bool, ...]:
+        """For each layer whether it has a window: a list that says so, or a period n: all but every n-th (0: all)."""
+        found = self.values.get(self._full(key), period)
+        self._read.add(self._full(key))
+        if isinstance(found, (list, np.ndarray)):
+            values = _plain(found)
+            if len(values) < layers or not all(isinstance(value, builtins.int) for value in values):
+                raise self._wrong(key, found, f"true or false for each of {layers} layers")
+            return tuple(builtins.bool(value) for value in values[:layers])
+        if layers > LAYER_LIMIT:
+            raise self._wrong("block_count", layers, f"at most {LAYER_LIMIT}")
+        every = self._int(key, found)
+        return tuple(every == 0 or i % every < every - 1 for i in range(layers))
 
     def expect(self, key: builtins.str, *allowed: Any, absent_ok: builtins.bool = True) -> None:
         """Refuses, with UnsupportedError, a file whose `key` has a value other than those that are implemented."""

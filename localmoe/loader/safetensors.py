@@ -24,6 +24,7 @@ from localmoe.loader.source import map_file, read_small_file, shown
 HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
 MATRIX_LIMIT = 1 << 16
 READABLE = ("F32", "F16", "BF16")
+PACKED = {"U8": "I8"}  # bytes that only some families can make sense of
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -41,7 +42,7 @@ class Entry:
 
     @property
     def format(self) -> Format:
-        return FORMATS[self.dtype]
+        return FORMATS[PACKED.get(self.dtype, self.dtype)]
 
     def require_readable(self) -> None:
         """Raises: UnsupportedError for a dtype without a format here (float8, integers)."""
@@ -91,10 +92,10 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
     start, stop = begin + offsets[0], begin + offsets[1]
     if stop > len(data):
         raise error(f"ends at byte {stop}, the file at {len(data)}: is the download complete?")
-    if prod(shape[:-2]) > MATRIX_LIMIT:
+    if len(shape) > 2 and shape[0] > MATRIX_LIMIT:
         raise error(f"has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
-    if dtype in READABLE and prod(shape) * FORMATS[dtype].nbytes != stop - start:
-        expected = f"{prod(shape) * FORMATS[dtype].nbytes} bytes for {dtype} {tuple(shape)}"
+    if dtype in (*READABLE, *PACKED) and prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes != stop - start:
+        expected = f"{prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes} bytes for {dtype} {tuple(shape)}"
         raise error(f"has {stop - start} bytes, expected {expected}")
     return Entry(name, dtype, tuple(shape), start, stop, path, data)
 

@@ -83,7 +83,8 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
     temperature = op.attributes["temperature"]
     factors = 0
     if temperature:
-        table = 1 + temperature.scale * np.log1p(np.arange(context) // temperature.length)
+        steps = (np.arange(context) + temperature.offset) // temperature.length
+        table = 1 + temperature.scale * np.log1p(steps)
         lowering.kept.append(table.astype(np.float32))
         factors = lowering.kept[-1].ctypes.data
     single = q.shape[0] == 1

@@ -1,0 +1,164 @@
+"""Ling 2.0 and Ring: q, k and v as one matrix, head norms, a part of each head turned, sigmoid router with groups and a
+bias, a shared expert. Ling Team 2025, Every Activation Boosted, section 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from localmoe.arch.rope import Rope
+from localmoe.formats import Weight
+from localmoe.kernels.ops import Cache, Ops
+from localmoe.kernels.program import RopeTable, Router, Tensor
+from localmoe.loader.checkpoint import Checkpoint
+from localmoe.loader.metadata import Metadata
+
+MODEL_TYPES = ("bailingmoe2",)
+
+
+@dataclass(frozen=True)
+class Config:
+    block_count: int
+    leading_dense_block_count: int
+    embedding_length: int
+    feed_forward_length: int
+    head_count: int
+    head_count_kv: int
+    key_length: int
+    expert_count: int
+    expert_feed_forward_length: int
+    expert_shared_feed_forward_length: int
+    router: Router
+    rms_epsilon: float
+    rope: Rope
+    vocabulary: int
+
+    @classmethod
+    def read(cls, meta: Metadata) -> Config:
+        heads, width = meta.int("attention.head_count"), meta.int("embedding_length")
+        key_length = meta.int("attention.key_length", width // heads)
+        expert_width = meta.int("expert_feed_forward_length")
+        meta.expect("attention.value_length", key_length)
+        meta.expect("expert_gating_func", 2, absent_ok=False)
+        return cls(
+            block_count=meta.int("block_count") - meta.int("nextn_predict_layers", 0),
+            leading_dense_block_count=meta.int("leading_dense_block_count", 0),
+            embedding_length=width,
+            feed_forward_length=meta.int("feed_forward_length"),
+            head_count=heads,
+            head_count_kv=meta.int("attention.head_count_kv", heads),
+            key_length=key_length,
+            expert_count=meta.int("expert_count"),
+            expert_feed_forward_length=expert_width,
+            expert_shared_feed_forward_length=expert_width * meta.int("expert_shared_count", 0),
+            router=Router(
+                score="sigmoid",
+                used=meta.int("expert_used_count"),
+                normalise=meta.bool("expert_weights_norm", False),
+                scale=meta.float("expert_weights_scale", 1.0) or 1.0,
+                groups=meta.int("expert_group_count", 1) or 1,
+                groups_used=meta.int("expert_group_used_count", 1) or 1,
+                group_score="top2",
+            ),
+            rms_epsilon=meta.float("attention.layer_norm_rms_epsilon"),
+            rope=Rope.read(meta, key_length // 2),
+            vocabulary=meta.vocabulary,
+        )
+
+
+class Feed(NamedTuple):
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+class Block(NamedTuple):
+    attn_norm: Weight
+    attn_qkv: tuple[Weight, Weight, Weight]
+    attn_q_norm: Weight
+    attn_k_norm: Weight
+    attn_output: Weight
+    ffn_norm: Weight
+    router: Weight | None
+    router_bias: Weight | None
+    feed: Feed  # with a router, of experts
+    shared: Feed | None
+
+
+class Weights(NamedTuple):
+    embedding: Weight
+    blocks: list[Block]
+    norm: Weight
+    output: Weight
+    rope: RopeTable
+
+
+def load(c: Config, get: Checkpoint) -> Weights:
+    """Every tensor by name and shape, without the layers that predict further tokens."""
+    embedding = get("token_embd", (c.vocabulary, c.embedding_length))
+    return Weights(
+        embedding=embedding,
+        blocks=[load_block(c, get.scope(f"blk.{i}"), i >= c.leading_dense_block_count) for i in range(c.block_count)],
+        norm=get("output_norm", (c.embedding_length,)),
+        output=get.optional("output", (c.vocabulary, c.embedding_length)) or embedding,
+        rope=c.rope.table("halves"),
+    )
+
+
+def load_block(c: Config, at: Checkpoint, sparse: bool) -> Block:
+    D, E, F, d = c.embedding_length, c.expert_count, c.expert_feed_forward_length, c.key_length
+    Q, K, S = c.head_count * d, c.head_count_kv * d, c.expert_shared_feed_forward_length
+
+    def feed(suffix: str, width: int) -> Feed:
+        up = (width, D)
+        return Feed(at(f"ffn_gate{suffix}", up), at(f"ffn_up{suffix}", up), at(f"ffn_down{suffix}", (D, width)))
+
+    def experts() -> Feed:
+        up = (E, F, D)
+        return Feed(
+            at.experts("ffn_gate_exps", up), at.experts("ffn_up_exps", up), at.experts("ffn_down_exps", (E, D, F))
+        )
+
+    qkv = at("attn_qkv", (Q + 2 * K, D))
+    return Block(
+        attn_norm=at("attn_norm", (D,)),
+        attn_qkv=(qkv.part(0, Q), qkv.part(Q, Q + K), qkv.part(Q + K, Q + 2 * K)),
+        attn_q_norm=at("attn_q_norm", (d,)),
+        attn_k_norm=at("attn_k_norm", (d,)),
+        attn_output=at("attn_output", (D, Q)),
+        ffn_norm=at("ffn_norm", (D,)),
+        router=at("ffn_gate_inp", (E, D)) if sparse else None,
+        router_bias=at.optional("exp_probs_b", (E,), suffix="bias") if sparse else None,
+        feed=experts() if sparse else feed("", c.feed_forward_length),
+        shared=feed("_shexp", S) if sparse and S else None,
+    )
+
+
+def forward(ops: Ops, c: Config, w: Weights, tokens: Tensor, cache: Cache) -> Tensor:
+    """Token ids (T,) -> logits of the wanted rows (rows, V)."""
+    x = ops.embed(w.embedding, tokens)  # (T, D)
+    for b in w.blocks:
+        x = ops.add(x, attend(ops, c, b, w.rope, ops.rms_norm(x, b.attn_norm, c.rms_epsilon), cache))
+        h = ops.rms_norm(x, b.ffn_norm, c.rms_epsilon)
+        x = ops.add(x, mix(ops, c, b, b.router, h) if b.router else feed_forward(ops, h, b.feed))
+    return ops.linear(ops.rms_norm(ops.logit_rows(x), w.norm, c.rms_epsilon), w.output)  # (rows, V)
+
+
+def attend(ops: Ops, c: Config, b: Block, rope: RopeTable, x: Tensor, cache: Cache) -> Tensor:
+    q, k, v = ops.linears(x, b.attn_qkv)
+    q = ops.rms_norm(q.heads(c.head_count), b.attn_q_norm, c.rms_epsilon)  # (T, H, d), each head by itself
+    k = ops.rms_norm(k.heads(c.head_count_kv), b.attn_k_norm, c.rms_epsilon)  # (T, K, d)
+    layer = cache.append(ops.rope(k, rope), v.heads(c.head_count_kv))
+    y = ops.attention(ops.rope(q, rope), layer, scale=c.key_length**-0.5)
+    return ops.linear(y.flat(), b.attn_output)
+
+
+def feed_forward(ops: Ops, x: Tensor, weights: Feed) -> Tensor:
+    gate, up = ops.linears(x, (weights.gate, weights.up))  # (T, F)
+    return ops.linear(ops.glu(gate, up), weights.down)
+
+
+def mix(ops: Ops, c: Config, b: Block, router: Weight, x: Tensor) -> Tensor:
+    ids, shares = ops.route(ops.linear(x, router, exact=True), c.router, b.router_bias)  # (T, k) each
+    chosen = ops.experts(x, ids, shares, *b.feed)
+    return ops.add(chosen, feed_forward(ops, x, b.shared)) if b.shared else chosen
