@@ -1,4 +1,4 @@
-"""Seven families with fresh random weights and settings against transformers: float32 logits, and each expert chosen.
+"""Families with fresh random weights and settings against transformers: float32 logits, and each expert chosen.
 
 `make oracle` runs this; it needs torch and transformers. Texts go beyond the window and the original context.
 """
