@@ -18,7 +18,7 @@ import numpy.typing as npt
 from localmoe.kernels.cpu.blocks import code_book
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.grids import GRIDS
-from localmoe.kernels.cpu.rows_avx512 import four_rows
+from localmoe.kernels.cpu.rows_avx512 import four_rows, two_halves
 
 OFFSET = 128  # is added to values, as products take one unsigned operand
 
@@ -43,18 +43,6 @@ def _activation_parts(v: Any) -> Any:
     return v.function(parts)
 
 
-def _four_halves(v: Any) -> Any:
-    """(p, q, r, s) -> f32x8: the float16 values at the addresses and what lies behind each."""
-    two, four = v.shuffle([*range(4)]), v.shuffle([*range(8)])
-
-    def halves(p, q, r, s):
-        a, b = v.bits(v.u16x2, v.load(v.uint32, p)), v.bits(v.u16x2, v.load(v.uint32, q))
-        c, d = v.bits(v.u16x2, v.load(v.uint32, r)), v.bits(v.u16x2, v.load(v.uint32, s))
-        return v.half(four(two(a, b), two(c, d)))
-
-    return v.function(halves)
-
-
 def _rows(
     v: Any, name: str, fields: Any, masks: tuple[int, int], tables: tuple[list[int], list[int]]
 ) -> Callable[..., None]:
@@ -63,7 +51,7 @@ def _rows(
     `masks` say which bits of the first and third, of the second and fourth, are a value's place in the first or second
     of the `tables`; the sign is beside them.
     """
-    parts, halves = _activation_parts(v), _four_halves(v)
+    parts, halves = _activation_parts(v), two_halves(v)
     even, odd = (v.constants(v.u8x64, table * 4) for table in tables)
     low, high = (v.constants(v.u16x32, mask) for mask in masks)
     b0, b1, b2, b3 = (v.shuffle([2 * i] * 16) for i in range(4))
@@ -86,7 +74,7 @@ def _rows(
         y0, y1, y2, y3 = parts(activations + first)
         size = v.load(v.float32, activations + columns + (columns >> 4) + (columns >> 3) + (first >> 6)) * fraction
         sums16 = v.load(v.i16x16, activations + columns + (columns >> 4) + (first >> 3))
-        begin, ds = v.zero(v.i32) - (v.convert(v.i32, sums16) << 7), halves(p, q, r, s) * size
+        begin, ds = v.zero(v.i32) - (v.convert(v.i32, sums16) << 7), v.half(halves(p, q, r, s)) * size
         a, b = row(p, y0, y1, y2, y3, begin, b0(ds, ds), a), row(q, y0, y1, y2, y3, begin, b1(ds, ds), b)
         c, d = row(r, y0, y1, y2, y3, begin, b2(ds, ds), c), row(s, y0, y1, y2, y3, begin, b3(ds, ds), d)
         return a, b, c, d, none

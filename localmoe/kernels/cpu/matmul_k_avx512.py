@@ -13,7 +13,7 @@ import numpy as np
 
 from localmoe.kernels.cpu.blocks import iq4_values
 from localmoe.kernels.cpu.build import kernel
-from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, four_rows, in_pieces, joined
+from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, four_rows, in_pieces, joined, two_halves
 
 
 def _pair_sums(v: Any) -> Any:
@@ -24,18 +24,6 @@ def _pair_sums(v: Any) -> Any:
         return v.convert(v.f32, v.dot_words(v.zero(v.i32), pairs, v.bits(v.i16x32, scales)))
 
     return v.function(scaled)
-
-
-def _two_halves(v: Any) -> Any:
-    """(p, q, r, s) -> u16x8: the first two words at each address."""
-    two, four = v.shuffle([*range(4)]), v.shuffle([*range(8)])
-
-    def words(p, q, r, s):
-        a, b = v.bits(v.u16x2, v.load(v.uint32, p)), v.bits(v.u16x2, v.load(v.uint32, q))
-        c, d = v.bits(v.u16x2, v.load(v.uint32, r)), v.bits(v.u16x2, v.load(v.uint32, s))
-        return four(two(a, b), two(c, d))
-
-    return v.function(words)
 
 
 def _repeated(v: Any, lanes: int) -> Any:
@@ -139,7 +127,7 @@ def gemv_q6_k(v: Any) -> Callable[..., None]:
     w0, w1 = (in_pieces(v, [i for place in order for i in (16, place)]) for order in pairs)
     m0, m1 = (v.shuffle(order * 4) for order in pairs)
     b0, b1, b2, b3 = (v.shuffle([r] * 16) for r in range(4))
-    each, words = v.shuffle([r for r in range(4) for _ in range(4)]), _two_halves(v)
+    each, words = v.shuffle([r for r in range(4) for _ in range(4)]), two_halves(v)
     second = v.shuffle([1, 3, 5, 7])
 
     def half(ql, qh, y, z, scales):
@@ -201,7 +189,7 @@ _PART_PAIRS = [
 @kernel("gemv_q2_k", arguments=7, isa="avx512")
 def gemv_q2_k(v: Any) -> Callable[..., None]:
     """Scale and minimum nibbles [16], two bits [64], float16 d, float16 dmin."""
-    join, scaled, parts, words = joined(v, v.u8x16), _pair_sums(v), _two_bit_parts(v), _two_halves(v)
+    join, scaled, parts, words = joined(v, v.u8x16), _pair_sums(v), _two_bit_parts(v), two_halves(v)
     t0, t1, t2, t3 = each_row(v)
     w0, w1 = (in_pieces(v, [i for place in order for i in (place, 16)]) for order in _PART_PAIRS)
     n0, n1 = (in_pieces(v, [i for place in range(8) for i in (8 * half + place, 16)]) for half in range(2))

@@ -89,3 +89,15 @@ def each_row(v: Any) -> list[Any]:
 def in_pieces(v: Any, places: list[int]) -> Any:
     """Shuffle 16 bytes in every piece alike; place 16 is the first byte of the second operand's piece (a zero)."""
     return v.shuffle([16 * i + (place if place < 16 else 64) for i in range(4) for place in places])
+
+
+def two_halves(v: Any) -> Any:
+    """(p, q, r, s) -> u16x8: the first two words at each address."""
+    two, four = v.shuffle([*range(4)]), v.shuffle([*range(8)])
+
+    def words(p, q, r, s):
+        a, b = v.bits(v.u16x2, v.load(v.uint32, p)), v.bits(v.u16x2, v.load(v.uint32, q))
+        c, d = v.bits(v.u16x2, v.load(v.uint32, r)), v.bits(v.u16x2, v.load(v.uint32, s))
+        return four(two(a, b), two(c, d))
+
+    return v.function(words)
