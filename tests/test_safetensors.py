@@ -249,6 +249,10 @@ BROKEN = {
     "an axis of 0": (broken(ENTRY.replace("[2]", "[0]") + "}"), "expected whole numbers from 1"),
     "too few bytes": (broken(ENTRY.replace("[2]", "[3]") + "}"), "has 8 bytes, expected 12 bytes for F32"),
     "axes beyond 2^64": (broken(ENTRY.replace("[2]", f"[{1 << 63}, {1 << 63}]") + "}"), "has 8 bytes, expected"),
+    "matrices in two axes": (broken(ENTRY.replace("[2]", "[2, 65536, 1, 1]") + "}"), "at most 65536 matrices"),
+    "packed matrices": (
+        broken(ENTRY.replace("F32", "U8").replace("[2]", "[65537, 1, 1, 1]") + "}"), "at most 65536 matrices",
+    ),
     "a dtype that is a number": (broken(ENTRY.replace('"F32"', "3") + "}"), "expected a name"),
 }  # fmt: skip
 

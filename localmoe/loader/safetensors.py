@@ -92,7 +92,8 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
     start, stop = begin + offsets[0], begin + offsets[1]
     if stop > len(data):
         raise error(f"ends at byte {stop}, the file at {len(data)}: is the download complete?")
-    if len(shape) > 2 and shape[0] > MATRIX_LIMIT:
+    # Packed experts have axes for their rows and blocks: the first one alone counts matrices.
+    if prod(shape[:1] if dtype in PACKED and len(shape) > 2 else shape[:-2]) > MATRIX_LIMIT:
         raise error(f"has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
     if dtype in (*READABLE, *PACKED) and prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes != stop - start:
         expected = f"{prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes} bytes for {dtype} {tuple(shape)}"
