@@ -424,3 +424,9 @@ def test_config_values_that_are_not_implemented_are_refused(kind: str, values: d
         keys_of(kind, **values)
     name = next(iter(values))
     assert name in str(refused.value) or "rope_type" in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("granite", {}), ("granitemoe", {"num_local_experts": 4})])
+def test_granites_logits_are_not_divided_by_0(kind: str, more: dict[str, Any]) -> None:
+    with pytest.raises(FileFormatError, match="logits_scaling"):
+        keys_of(kind, **more, num_experts_per_tok=2, logits_scaling=0.0)

@@ -16,13 +16,18 @@ import numpy as np
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import BF16, F16, F32, Weight
 from localmoe.loader.config_json import Family, Keys, Makers, Settings
-from localmoe.loader.config_steps import head_sizes, heads, layer_pattern, mixtral_window, qwen_window, rope
+from localmoe.loader.config_steps import (
+    COMMON,
+    granite_scales,
+    head_sizes,
+    heads,
+    layer_pattern,
+    mixtral_window,
+    qwen_window,
+    rope,
+)
 from localmoe.loader.source import shown
 
-COMMON = {
-    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-    "context_length": "max_position_embeddings", "vocab_size": "vocab_size",
-}  # fmt: skip
 GPT2 = {
     "block_count": "n_layer", "embedding_length": "n_embd", "context_length": "n_positions", "vocab_size": "vocab_size",
 }  # fmt: skip
@@ -126,20 +131,6 @@ def _factors(settings: Settings, name: str, count: int) -> list[float]:
     if not sound or any(type(n) not in (int, float) or not 0 < n < 1e30 for n in found):
         raise settings.wrong(name, found, f"{count} numbers above 0")
     return [float(n) for n in found]
-
-
-def granite(settings: Settings, keys: Keys, architecture: str) -> None:
-    """Four multipliers, which GGUF calls scales; logits are divided by theirs."""
-    heads(settings, keys, architecture)
-    names = {
-        "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier",
-        "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
-    }  # fmt: skip
-    for name, key in names.items():
-        keys[name] = settings.number(key, default=1.0)
-        if not keys[name]:
-            raise settings.wrong(key, keys[name], "another number than 0")
-    rope(settings, keys, architecture)
 
 
 def glm4(settings: Settings, keys: Keys, architecture: str) -> None:
@@ -257,7 +248,7 @@ DENSE: dict[str, Family] = {
     "gemma3_text": Family("gemma3", COMMON, (gemma3,), TANH, rewrite=raised_norms),
     "phi3": Family("phi3", COMMON, (phi3,), rewrite=factor_tensors),
     "olmo2": Family("olmo2", COMMON, (heads, rope)),
-    "granite": Family("granite", COMMON, (granite,)),
+    "granite": Family("granite", COMMON, (heads, granite_scales, rope)),
     "glm4": Family("glm4", COMMON, (glm4,)),
     "smollm3": Family("smollm3", COMMON, (smollm3,)),
     "ministral3": Family("mistral3", COMMON, (heads, mixtral_window, rope)),

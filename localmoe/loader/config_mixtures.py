@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from localmoe.errors import UnsupportedError
 from localmoe.loader.config_json import Family, Keys, Settings
-from localmoe.loader.config_steps import head_sizes, heads, latent_heads, layer_pattern, rope
+from localmoe.loader.config_steps import granite_scales, head_sizes, heads, latent_heads, layer_pattern, rope
 from localmoe.loader.experts import gpt_oss_tensors, halved_shared_expert, separated_experts
 from localmoe.loader.source import shown
 
@@ -86,12 +86,9 @@ def minimax_m2(settings: Settings, keys: Keys, architecture: str) -> None:
 
 
 def granite_moe(settings: Settings, keys: Keys, architecture: str) -> None:
-    """Four multipliers, which GGUF calls scales; logits are divided by theirs."""
+    """Granite's scales, and a shared expert where it has a width."""
     heads(settings, keys, architecture)
-    keys["embedding_scale"] = settings.number("embedding_multiplier", default=1.0)
-    keys["attention.scale"] = settings.number("attention_multiplier", default=1.0)
-    keys["residual_scale"] = settings.number("residual_multiplier", default=1.0)
-    keys["logit_scale"] = settings.number("logits_scaling", default=1.0)
+    granite_scales(settings, keys, architecture)
     keys["expert_shared_feed_forward_length"] = settings.whole("shared_intermediate_size", default=0)
     rope(settings, keys, architecture)
 

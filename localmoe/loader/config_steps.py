@@ -12,6 +12,11 @@ from localmoe.errors import UnsupportedError
 from localmoe.loader.config_json import INT_LIMIT, Keys, Settings
 from localmoe.loader.source import shown
 
+# Whole numbers that only change their name.
+COMMON = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings", "vocab_size": "vocab_size",
+}  # fmt: skip
 # rope_theta where config.json is silent, for those whose default is not 10,000 (transformers' configuration files).
 BASES = {
     "mixtral": 1e6, "gpt_oss": 150000.0, "llama4_text": 500000.0, "minimax_m2": 5e6, "gemma3_text": 1e6,
@@ -93,6 +98,18 @@ def _window(settings: Settings, keys: Keys, window: Any) -> None:
     if type(window) is not int or not 0 < window < INT_LIMIT:
         raise settings.wrong("sliding_window", window, "a whole number from 1")
     keys["attention.sliding_window"] = window
+
+
+def granite_scales(settings: Settings, keys: Keys, architecture: str) -> None:
+    """Four multipliers, which GGUF calls scales; logits are divided by theirs."""
+    names = {
+        "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier",
+        "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+    }  # fmt: skip
+    for name, key in names.items():
+        keys[name] = settings.number(key, default=1.0)
+        if not keys[name]:
+            raise settings.wrong(key, keys[name], "another number than 0")
 
 
 def softmax_experts(settings: Settings, keys: Keys, architecture: str) -> None:

@@ -13,6 +13,7 @@ from localmoe.loader.config_dense import DENSE
 from localmoe.loader.config_json import Family, Keys, Settings
 from localmoe.loader.config_mixtures import MIXTURES
 from localmoe.loader.config_steps import (
+    COMMON,
     deepseek_experts,
     heads,
     latent_heads,
@@ -40,10 +41,6 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-COMMON = {
-    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-    "context_length": "max_position_embeddings", "vocab_size": "vocab_size",
-}  # fmt: skip
 CHOSEN = {**COMMON, "expert_used_count": "num_experts_per_tok"}
 QWEN_MOE = {**CHOSEN, "expert_feed_forward_length": "moe_intermediate_size"}
 SHARED = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
