@@ -27,8 +27,9 @@ def load(
 ) -> LoadedModel:
     """Open a GGUF file or a Hugging Face folder.
 
-    `device`: "cpu" or "reference". `threads`: None takes the physical cores that are quick. `lazy`: "auto" and "mmap"
-    read weights when first used, "off" reads them all now. `context`: tokens that the KV cache holds; None takes the
+    `device`: "cpu" or "reference". `threads`: None takes the physical cores that are quick. `lazy`: "mmap" reads
+    weights when first used, "auto" ahead of that in the background as well, where they fit the memory, "off" reads them
+    all now. `context`: tokens that the KV cache holds; None takes the
     trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16" or "q8_0" (8 bits and a scale
     for 32 values, about half the memory of f16). `progress(what, done, total)` hears of anything that takes time.
     Raises children of `localmoe.errors.LocalMoeError`.

@@ -52,7 +52,10 @@ Threads = Annotated[
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
 Lazy = Annotated[
     str,
-    typer.Option("--lazy", help="Loading: auto, mmap (read weights when first used) or off (read them all at start)."),
+    typer.Option(
+        "--lazy",
+        help="Loading: mmap (read weights when first used), auto (also ahead, if they fit) or off (all at start).",
+    ),
 ]
 KeyValueFormat = Annotated[
     Literal["f32", "f16", "q8_0"],

@@ -12,6 +12,7 @@ import numpy as np
 
 from localmoe.arch.table import family
 from localmoe.errors import DeviceError, FileFormatError, SettingError
+from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Floats, Program, Progress, Tensor
@@ -20,6 +21,7 @@ from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
+from localmoe.prefault import Prefault
 from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
 
@@ -30,6 +32,7 @@ CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, 
 SCORE_CHUNK = 64  # all logits of a step are kept: 64 rows of a 150,000-token vocabulary are 38 MB
 DEFAULT_CONTEXT = 8192
 LAZY_MODES = ("auto", "mmap", "off")
+AHEAD = 0.75  # of the available memory may be weights that are read before they are used
 
 
 class Network:
@@ -60,6 +63,12 @@ class Network:
             return result
 
         return trace(forward, tokens, all_rows=all_rows)
+
+    def weights_by_use(self) -> list[Weight]:
+        """The matrices that one token reads, in the order of their use, and after them the experts, of which it may
+        read any; of the embedding it reads one row."""
+        ops = [op for op in self.program(1).ops if op.name != "embed"]
+        return [weight for op in sorted(ops, key=lambda op: op.name == "experts") for weight in op.matrices]
 
 
 class Model:
@@ -93,6 +102,8 @@ class Model:
         self.device: Device = open_device(
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
+        fits = self.source.nbytes < AHEAD * available_nbytes()
+        self._prefault = Prefault(self.network.weights_by_use() if lazy == "auto" and fits else ())
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         # Compiled now, under the progress bar, and not when the first answer is awaited.
         sizes = sorted({1, self.chunk})
@@ -193,6 +204,7 @@ class Model:
 
     def close(self) -> None:
         """Stop the device's threads and free the cache."""
+        self._prefault.stop()
         self.cached.clear()
         self._plans.clear()
         self.device.close()

@@ -20,6 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("formats", "memory", "settings", "pretokenizers"),
+    ("prefault",),
     ("loader", "kernels"),
     ("sampling", "sandbox", "vocabulary"),
     ("arch", "tokenizer", "template"),

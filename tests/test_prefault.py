@@ -1,0 +1,78 @@
+"""Weights read ahead in the background: all pages are there afterwards, it stops when told, only what fits is read."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import deepseek2
+
+import localmoe
+import localmoe.model
+from localmoe.formats import F32, Weight
+from localmoe.prefault import PIECE, Prefault
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+
+
+def mapped(path: Path, nbytes: int) -> Weight:
+    with path.open("wb") as file:
+        file.truncate(nbytes)
+    with path.open("rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    return Weight.whole("x", (nbytes // 4,), F32, data)
+
+
+def resident_nbytes(path: Path) -> int:
+    """Bytes of a mapped file that are mapped in, from /proc/self/smaps."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    places = [i for i, line in enumerate(lines) if line.endswith(str(path))]
+    sizes = [next(line for line in lines[i:] if line.startswith("Rss:")) for i in places]
+    return 1024 * sum(int(size.split()[1]) for size in sizes)
+
+
+@linux
+def test_every_page_of_every_slab_is_there_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    weight = mapped(path, 3 * PIECE + 4096)
+    assert resident_nbytes(path) == 0
+    Prefault([weight.part(0, 1), weight]).wait()
+    if resident_nbytes(path) == 0:
+        pytest.skip("this kernel has no MADV_POPULATE_READ")
+    assert resident_nbytes(path) == weight.nbytes
+
+
+@linux
+def test_it_stops_between_two_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    weight = mapped(path, 64 << 30)  # a hole of which the disk holds nothing
+    prefault = Prefault([weight])
+    prefault.stop()
+    assert resident_nbytes(path) < 8 << 30
+
+
+@pytest.mark.parametrize(
+    ("lazy", "share", "ahead"), [("auto", 0.75, True), ("auto", 0.0, False), ("mmap", 0.75, False)]
+)
+def test_weights_that_fit_the_memory_are_read_ahead_in_auto_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: str, share: float, ahead: bool
+) -> None:
+    read: list[Weight] = []
+
+    class Recorded(Prefault):
+        def __init__(self, weights: Any) -> None:
+            read.extend(weights)
+            super().__init__(())
+
+    monkeypatch.setattr(localmoe.model, "Prefault", Recorded)
+    monkeypatch.setattr(localmoe.model, "AHEAD", share)
+    model = localmoe.load(deepseek2(tmp_path / "tiny.gguf"), lazy=lazy)
+    matrices = {weight.name for op in model.network.program(1).ops if op.name != "embed" for weight in op.matrices}
+    model.close()
+    assert {weight.name for weight in read} == (matrices if ahead else set())
+    experts = ["exps" in weight.name for weight in read]
+    assert experts == sorted(experts)
