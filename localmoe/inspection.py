@@ -29,7 +29,7 @@ class Needed:
     """Bytes that a chat on the cpu takes beside the weights once its context is full; pages of files are not among
     them."""
 
-    cache: int  # rows padded as the device pads them
+    cache: int  # rows padded as the device pads them; with recurrent states
     working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
     vocabulary: int
     python: int = PYTHON_NBYTES
@@ -149,9 +149,17 @@ def _memory(
         ("read for one token", readable_size(program.weight_nbytes(1))),
         (f"KV cache per token ({kv_format})", readable_size(per_token)),
         (f"KV cache at {context:,} tokens", readable_size(context * per_token)),
+        *_states(program),
         ("needed beside the weights", f"{readable_size(beside.nbytes)} at {context:,} tokens: {beside.parts}"),
         ("fits this machine", verdict),
     ]
+
+
+def _states(program: Program) -> list[tuple[str, str]]:
+    """A row about the recurrent states, if there are any."""
+    once, slots = program.state_nbytes, program.state_slots
+    size = f"{readable_size(slots * once)}: {readable_size(once)}, {slots} times for going back"
+    return [("recurrent states", size)] if slots else []
 
 
 def _vocabulary_nbytes(network: Network) -> int:
