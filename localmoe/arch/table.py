@@ -14,6 +14,7 @@ FAMILIES = {
     "qwen2moe": "qwen2moe",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3moe",
+    "qwen3next": "qwen3next",
     "olmoe": "olmoe",
     "deepseek2": "deepseek2",
     "gpt-oss": "gpt_oss",

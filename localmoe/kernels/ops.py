@@ -158,7 +158,7 @@ class Ops:
         of the last n - 1 tokens.
         """
         channels, taps = sum(x.shape[1] * x.shape[2] for x in parts), weight.columns
-        fits = weight.shape == (channels, taps) and state.shape == (1, taps - 1, channels)
+        fits = taps > 1 and weight.shape == (channels, taps) and state.shape == (1, taps - 1, channels)
         self.check(fits, "causal_conv", f"channels of state {state.shape}", *parts, weight)
         out = self.new((parts[0].shape[0], channels))
         return self.record("causal_conv", tuple(parts), (out,), (weight,), state=state)[0]

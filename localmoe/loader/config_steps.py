@@ -23,9 +23,9 @@ BASES = {
     "cohere": 500000.0, "smollm3": 2e6,
 }  # fmt: skip
 # Architectures of which a part of each head may turn, and partial_rotary_factor where config.json is silent.
-PARTIAL = {"glm4moe": 0.5, "minimax-m2": 1.0, "glm4": 0.5}
+PARTIAL = {"glm4moe": 0.5, "minimax-m2": 1.0, "glm4": 0.5, "qwen3next": 0.25}
 # Width of a head where config.json is silent, for those whose default is no quotient.
-HEAD_WIDTHS = {"qwen3": 128, "gemma2": 256, "gemma3": 256, "glm4": 128, "mistral3": 128}
+HEAD_WIDTHS = {"qwen3": 128, "gemma2": 256, "gemma3": 256, "glm4": 128, "mistral3": 128, "qwen3next": 256}
 
 
 def heads(settings: Settings, keys: Keys, architecture: str) -> None:

@@ -1,0 +1,228 @@
+"""The known ways to get gated delta nets wrong, as `test_traps` has them for the first families: each model follows its
+formula in float64, and a sprung trap moves the logits far beyond that, from where on it can be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from families import logits, relative_error
+from paper import plain_frequencies
+from paper_recurrent import forward
+from tiny import BASE, IDS, D, Tiny, d
+from tiny_recurrent import FULL, KEYS, MODELS, TAPS, VALUES, WIDE, fused, qwen3next
+
+from localmoe.errors import FileFormatError, UnsupportedError
+from localmoe.formats import FORMATS, Weight
+from localmoe.kernels.reference import values
+from localmoe.loader.huggingface_config import FAMILIES
+from localmoe.model import Network
+
+TOLERANCE = 2e-5
+SPRUNG = 1e-3
+SECOND = 1  # at position 0 there is no state to decay and one key to look at
+
+
+@dataclass(frozen=True)
+class Trap:
+    """`wrong` are fields of the model's formula; positions below `start` cannot tell."""
+
+    model: Callable[[], Tiny]
+    wrong: dict[str, Any]
+    start: int = 0
+    id: str = field(default="", compare=False)
+
+
+def trap(id: str, model: Callable[[], Tiny], start: int = 0, **wrong: Any) -> Trap:
+    return Trap(model, wrong, start, f"{model.__name__}: {id}")
+
+
+def delta_traps(model: Callable[[], Tiny]) -> list[Trap]:
+    return [
+        trap("no gate behind attention", model, output_gate="none"),
+        trap("the gate before the query", model, output_gate="first"),
+        trap("all of a head turned", model, SECOND, frequencies=plain_frequencies(d, BASE)),
+        trap("rope in pairs instead of halves", model, SECOND, layout="pairs"),
+        trap("no head norms", model, SECOND, head_norm="none"),
+        trap("no convolution", model, convolved="none"),
+        trap("no silu behind the convolution", model, convolved="plain"),
+        trap("taps in the other order", model, taps="first"),
+        trap("queries and keys not made unit vectors", model, unit=False),
+        trap("queries not divided by the root of their width", model, query_scaled=False),
+        trap("the old value not taken away", model, SECOND, corrected=False),
+        trap("beta without its sigmoid", model, strength="one"),
+        trap("no decay", model, SECOND, decay="none"),
+        trap("decay without softplus", model, SECOND, decay="exponential"),
+        trap("decay without its bias", model, SECOND, biased_decay=False),
+        trap("the correction read before the decay", model, SECOND, decayed="after"),
+        trap("no gate behind the delta net", model, z_gate="none"),
+        trap("its gate a sigmoid", model, z_gate="sigmoid"),
+        trap("its gate before the norm", model, gated="before"),
+        trap("no weight in its norm", model, delta_norm=False),
+    ]
+
+
+def mixture_traps(model: Callable[[], Tiny]) -> list[Trap]:
+    return [
+        trap("shares not renormalised", model, normalise=False),
+        trap("no shared expert", model, shared="none"),
+        trap("a shared expert without its gate", model, shared="plain"),
+    ]
+
+
+TRAPS = [
+    *delta_traps(qwen3next),
+    *mixture_traps(qwen3next),
+    trap("value heads in turn instead of grouped by key heads", qwen3next, tiled=True),
+]
+
+
+@pytest.fixture(params=MODELS.values(), ids=list(MODELS))
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    made: Tiny = request.param()
+    return made
+
+
+def right(tiny: Tiny, **wrong: Any) -> np.ndarray:
+    return forward(replace(tiny.formula, **wrong), tiny.tensors, IDS)
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_every_family_follows_its_paper(tiny: Tiny, device: str) -> None:
+    network, expected = tiny.network(), right(tiny)
+    for chunk in (0, 1, 5):
+        assert relative_error(logits(network, IDS, device, chunk=chunk), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=[t.id for t in TRAPS])
+def test_a_sprung_trap_shows_where_it_must(trap: Trap) -> None:
+    tiny = trap.model()
+    moved = np.abs(right(tiny, **trap.wrong) - right(tiny)).max(axis=1) / np.abs(right(tiny)).max()
+    assert moved[trap.start :].max() > SPRUNG
+    assert moved[: trap.start].max(initial=0) < 1e-12
+
+
+def test_routers_and_gates_are_exact_in_the_program(tiny: Tiny) -> None:
+    ops = [op for op in tiny.network().program(8).ops if op.name == "linear"]
+    gates = [op for op in ops if any(part in op.weights[0].name for part in ("gate_inp", "ssm_ba", "ssm_beta"))]
+    assert gates
+    assert all(op.attributes["exact"] for op in gates)
+
+
+# What a key or a tensor says, and what its absence means.
+
+
+def test_qwen3_nexts_matrices_may_be_one_by_key_heads() -> None:
+    tiny = qwen3next()
+    assert np.array_equal(logits(fused(tiny).network(), IDS), logits(tiny.network(), IDS))
+
+
+def test_three_layers_of_four_are_recurrent_unless_the_file_says_otherwise(tiny: Tiny) -> None:
+    silent = replace(tiny, keys={k: v for k, v in tiny.keys.items() if k != "attention.recurrent_layers"})
+    with pytest.raises(FileFormatError, match=r"blk\.1\.attn_qkv"):  # layer 1 has attention in this file
+        silent.network()
+    second = silent.with_keys(full_attention_interval=2)
+    assert second.network().config.recurrent == tuple(not full for full in FULL)
+    assert relative_error(logits(second.network(), IDS), right(tiny)) <= TOLERANCE
+
+
+def test_a_prediction_layer_is_not_run(tiny: Tiny) -> None:
+    """block_count counts it; its tensors are those of a block with attention, and some with nextn in their names."""
+    extra = {name.replace("blk.1.", "blk.3."): array for name, array in tiny.tensors.items() if "blk.1." in name}
+    extra["blk.3.nextn.eh_proj.weight"] = np.ones((D, 2 * D), np.float32)
+    longer = tiny.with_tensors({**tiny.tensors, **extra}).with_keys(
+        block_count=4, nextn_predict_layers=1, attention__recurrent_layers=[True, False, True, False]
+    )
+    assert relative_error(logits(longer.network(), IDS), right(tiny)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ssm__conv_kernel": 1},
+        {"ssm__conv_kernel": 0},
+        {"ssm__time_step_rank": 0},
+        {"ssm__group_count": 0},
+        {"ssm__group_count": 4},
+        {"ssm__inner_size": 7},
+        {"ssm__state_size": WIDE + 1},
+        {"attention__recurrent_layers": [True, False]},
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_error(tiny: Tiny, keys: dict[str, Any]) -> None:
+    with pytest.raises(FileFormatError):
+        tiny.with_keys(**keys).network()
+
+
+# Tensors as safetensors folders store them.
+
+
+def rewritten(kind: str, stored: dict[str, np.ndarray], keys: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What a family makes of a folder's tensors, as float32."""
+    raw = {n: np.ascontiguousarray(a).view(np.uint8).reshape(-1) for n, a in stored.items()}
+    source = {n: Weight.whole(n, a.shape, FORMATS["F32"], raw[n]) for n, a in stored.items()}
+    makers = {name: lambda weight=weight: weight for name, weight in source.items()}
+    rewrite = FAMILIES[kind].rewrite
+    assert rewrite
+    rewrite(makers, keys)
+    return {name: values(make()) for name, make in makers.items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next"])
+def test_norms_rates_and_taps_of_a_folder_become_those_of_a_file(kind: str) -> None:
+    random = np.random.default_rng(1)
+    stored = {
+        "blk.0.attn_norm.weight": random.standard_normal(D).astype(np.float32),
+        "blk.0.ssm_norm.weight": random.standard_normal(8).astype(np.float32),
+        "blk.0.ssm_a": random.standard_normal(VALUES).astype(np.float32),
+        "blk.0.ssm_conv1d.weight": random.standard_normal((KEYS, 1, TAPS)).astype(np.float32),
+    }
+    found = rewritten(kind, stored, {})
+    assert np.array_equal(found["blk.0.attn_norm.weight"], stored["blk.0.attn_norm.weight"] + 1)
+    assert np.array_equal(found["blk.0.ssm_norm.weight"], stored["blk.0.ssm_norm.weight"])
+    assert np.array_equal(found["blk.0.ssm_a"], -np.exp(stored["blk.0.ssm_a"]))
+    assert np.array_equal(found["blk.0.ssm_conv1d.weight"], stored["blk.0.ssm_conv1d.weight"][:, 0])
+    for name, shape in (("blk.0.ssm_a", (2, 2)), ("blk.0.ssm_conv1d.weight", (6, TAPS))):
+        with pytest.raises(FileFormatError, match="expected"):
+            rewritten(kind, {name: np.ones(shape, np.float32)}, {})
+
+
+# What is not implemented is refused by key and value.
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.value_length", 16),
+        ("attention.sliding_window", 128),
+        ("expert_gating_func", 2),
+        ("expert_weights_scale", 2.5),
+        ("expert_group_count", 4),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_key_and_value(key: str, value: Any) -> None:
+    tiny = qwen3next().with_keys(**{key: value})
+    with pytest.raises(UnsupportedError) as refused:
+        tiny.network()
+    assert f"{tiny.architecture}.{key}" in str(refused.value)
+    assert str(value) in str(refused.value)
+
+
+# localmoe itself, sabotaged, answers as the formula does with the trap sprung.
+
+
+def set_config(**changes: Any) -> Callable[[Network], None]:
+    return lambda network: setattr(network, "config", replace(network.config, **changes))
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_localmoe_sabotaged_gives_the_wrong_answer_of_the_formula(device: str) -> None:
+    tiny, network = qwen3next(), qwen3next().network()
+    set_config(router=replace(network.config.router, normalise=False))(network)
+    found = logits(network, IDS, device)
+    assert relative_error(found, right(tiny, normalise=False)) <= TOLERANCE
+    assert relative_error(found, right(tiny)) > SPRUNG
