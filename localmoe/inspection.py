@@ -3,7 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +101,17 @@ def _model(network: Network) -> list[tuple[str, str]]:
         ("trained context", f"{network.trained_context:,}"),
         ("size", readable_size(source.nbytes)),
     ]
+    if network.skipped:
+        rows.append(("not run", _skipped(network.skipped)))
     licence = source.metadata.get("general.license")
     return rows + ([("licence", str(licence))] if licence else [])
+
+
+def _skipped(names: list[str]) -> str:
+    """Which parts of the file a chat does without, and how many tensors they have."""
+    kinds = {"v": "vision", "mm": "vision", "a": "audio", "blk": "layers that predict further tokens"}
+    parts = Counter(kinds.get(name.partition(".")[0], "others") for name in names)
+    return ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
 
 
 def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:

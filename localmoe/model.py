@@ -51,7 +51,7 @@ class Network:
             raise FileFormatError(f"{source.path}: the model's sizes do not fit together: {error}") from error
         self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
         self.metadata.finish()
-        checkpoint.finish()
+        self.skipped = checkpoint.finish()  # tensors of parts that are not run: vision, audio, further tokens
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
         """Trace the family's forward pass for steps of up to `tokens` tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from oracle_cases import ROPES, Case, common, softmax_experts
+from oracle_cases import ROPES, Case, common, experts, softmax_experts
 
 TOLERANCE = 1e-4
 
@@ -32,6 +32,22 @@ def qwen3_next(r: Random, rope: str) -> dict[str, Any]:
     return delta(r, rope) | softmax_experts(r) | widths
 
 
+def qwen3_5(r: Random, rope: str) -> dict[str, Any]:
+    settings = delta(r, rope)
+    settings["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+    return settings
+
+
+def qwen3_5_moe(r: Random, rope: str) -> dict[str, Any]:
+    count, used = experts(r)
+    widths = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": r.choice((16, 40))}
+    settings = qwen3_5(r, rope) | widths | {"num_experts": count, "num_experts_per_tok": used}
+    settings.pop("intermediate_size")
+    return settings
+
+
 RECURRENT: dict[str, Case] = {
     "qwen3next": Case("Qwen3Next", qwen3_next, ("plain", "yarn", "linear"), TOLERANCE),
+    "qwen35": Case("Qwen3_5Text", qwen3_5, ("plain", "yarn", "linear"), TOLERANCE),
+    "qwen35moe": Case("Qwen3_5MoeText", qwen3_5_moe, ("plain", "yarn", "linear"), TOLERANCE),
 }

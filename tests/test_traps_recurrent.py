@@ -4,22 +4,40 @@ formula in float64, and a sprung trap moves the logits far beyond that, from whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from families import logits, relative_error
+from gguf_writing import safetensors_bytes
 from paper import plain_frequencies
 from paper_recurrent import forward
 from tiny import BASE, IDS, D, Tiny, d
-from tiny_recurrent import FULL, KEYS, MODELS, TAPS, VALUES, WIDE, fused, qwen3next
+from tiny_recurrent import (
+    FULL,
+    KEYS,
+    MODELS,
+    TAPS,
+    VALUES,
+    WIDE,
+    folder_settings,
+    folder_tensors,
+    fused,
+    qwen3next,
+    qwen35,
+    qwen35moe,
+)
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import FORMATS, Weight
+from localmoe.inspection import report
 from localmoe.kernels.reference import values
 from localmoe.loader.huggingface_config import FAMILIES
+from localmoe.loader.locate import open_source
 from localmoe.model import Network
 
 TOLERANCE = 2e-5
@@ -78,6 +96,11 @@ TRAPS = [
     *delta_traps(qwen3next),
     *mixture_traps(qwen3next),
     trap("value heads in turn instead of grouped by key heads", qwen3next, tiled=True),
+    *delta_traps(qwen35),
+    trap("value heads grouped by key heads", qwen35, tiled=False),
+    *delta_traps(qwen35moe),
+    *mixture_traps(qwen35moe),
+    trap("value heads grouped by key heads", qwen35moe, tiled=False),
 ]
 
 
@@ -172,7 +195,7 @@ def rewritten(kind: str, stored: dict[str, np.ndarray], keys: dict[str, Any]) ->
     return {name: values(make()) for name, make in makers.items()}
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_norms_rates_and_taps_of_a_folder_become_those_of_a_file(kind: str) -> None:
     random = np.random.default_rng(1)
     stored = {
@@ -189,6 +212,69 @@ def test_norms_rates_and_taps_of_a_folder_become_those_of_a_file(kind: str) -> N
     for name, shape in (("blk.0.ssm_a", (2, 2)), ("blk.0.ssm_conv1d.weight", (6, TAPS))):
         with pytest.raises(FileFormatError, match="expected"):
             rewritten(kind, {name: np.ones(shape, np.float32)}, {})
+
+
+def written(path: Path, settings: dict[str, Any], stored: dict[str, np.ndarray]) -> Network:
+    (path / "config.json").write_text(json.dumps(settings))
+    data = {name: ("F32", array.shape, array.astype(np.float32).tobytes()) for name, array in stored.items()}
+    (path / "model.safetensors").write_bytes(safetensors_bytes(data))
+    return Network(open_source(path))
+
+
+PREDICTION = {
+    "mtp.fc.weight": np.ones((D, 2 * D)), "mtp.norm.weight": np.ones(D), "mtp.layers.0.self_attn.q_proj.weight":
+    np.ones((4, D)), "mtp.layers.0.mlp.experts.0.up_proj.weight": np.ones((4, D)),
+}  # fmt: skip
+VISION = {
+    "model.visual.patch_embed.proj.weight": np.ones((4, 3, 2, 2, 2)),
+    "model.visual.merger.norm.weight": np.ones(4),
+}
+
+
+def test_a_folder_follows_the_paper(tiny: Tiny, tmp_path: Path) -> None:
+    """Value heads of a folder follow their key head; a layer that predicts further tokens is skipped."""
+    stored = folder_tensors(fused(tiny) if tiny.architecture == "qwen3next" else tiny)
+    network = written(tmp_path, folder_settings(tiny), stored | PREDICTION)
+    assert relative_error(logits(network, IDS), right(tiny, tiled=False)) <= TOLERANCE
+    rows = {name: value for _, section in report(tmp_path) for name, value in section}
+    assert rows["not run"] == "layers that predict further tokens (4 tensors)"
+
+
+@pytest.mark.parametrize("model", [qwen35, qwen35moe])
+def test_a_text_model_beside_a_vision_model_is_read_alone(model: Callable[[], Tiny], tmp_path: Path) -> None:
+    tiny = model()
+    inner = folder_settings(tiny)
+    outer = {
+        "model_type": str(inner["model_type"]).removesuffix("_text"), "text_config": inner, "image_token_id": 3,
+        "vision_config": {"depth": 2}, "tie_word_embeddings": False, "architectures": ["ForConditionalGeneration"],
+    }  # fmt: skip
+    network = written(tmp_path, outer, folder_tensors(tiny, "model.language_model.") | VISION | PREDICTION)
+    assert relative_error(logits(network, IDS), right(tiny, tiled=False)) <= TOLERANCE
+    rows = {name: value for _, section in report(tmp_path) for name, value in section}
+    assert rows["not run"] == "vision (2 tensors), layers that predict further tokens (4 tensors)"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layer_types": ["linear_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias is 'True'"),
+        ({"linear_gate": "swish"}, "linear_gate"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_refused(
+    tiny: Tiny, change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        written(tmp_path, folder_settings(tiny) | change, folder_tensors(tiny))
+
+
+@pytest.mark.parametrize("change", [{"attn_output_gate": False}, {"output_gate_type": "sigmoid"}])
+def test_qwen35s_gates_are_those_that_it_always_has(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny = qwen35()
+    with pytest.raises(UnsupportedError, match=next(iter(change))):
+        written(tmp_path, folder_settings(tiny) | change, folder_tensors(tiny))
 
 
 # What is not implemented is refused by key and value.

@@ -15,6 +15,8 @@ FAMILIES = {
     "qwen3": "qwen3",
     "qwen3moe": "qwen3moe",
     "qwen3next": "qwen3next",
+    "qwen35": "qwen35",
+    "qwen35moe": "qwen35moe",
     "olmoe": "olmoe",
     "deepseek2": "deepseek2",
     "gpt-oss": "gpt_oss",

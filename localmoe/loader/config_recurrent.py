@@ -1,6 +1,7 @@
 """config.json and tensors of families with gated delta nets under GGUF's keys and names; see `config_json.Family`.
 
-What transformers 5.23 computes decides (models/qwen3_next); GGUF's form is that of llama.cpp's converter.
+What transformers 5.23 computes decides (models/qwen3_next, qwen3_5, qwen3_5_moe); GGUF's form is that of llama.cpp's
+converter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from localmoe.loader.config_json import Family, Keys, Makers, Settings
 from localmoe.loader.config_steps import COMMON, head_sizes, layer_pattern, rope
 from localmoe.loader.source import shown
 
+SIZES = {name: key for name, key in COMMON.items() if name != "feed_forward_length"}
 CHOSEN = {
     "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
@@ -46,6 +48,24 @@ def qwen3_next(settings: Settings, keys: Keys, architecture: str) -> None:
     settings.expect("mlp_only_layers", [])
 
 
+def qwen35(settings: Settings, keys: Keys, architecture: str) -> None:
+    """The text model; what the files say of gates is what the code always does, and how pictures are placed does not
+    matter to text."""
+    delta_layers(settings, keys, architecture)
+    settings.expect("attn_output_gate", True)
+    settings.expect("output_gate_type", "swish", "silu")
+    settings.take("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+
+
+def qwen35_moe(settings: Settings, keys: Keys, architecture: str) -> None:
+    """Every layer has experts, whose shares are always renormalised."""
+    qwen35(settings, keys, architecture)
+    settings.expect("norm_topk_prob", True)
+    settings.expect("decoder_sparse_step", 1)
+    settings.expect("mlp_only_layers", [])
+    settings.take("intermediate_size")
+
+
 def delta_tensors(makers: Makers, keys: Keys) -> None:
     """Norms multiply by 1 + weight but for that of the delta nets, decay rates are logarithms of their negatives, and
     convolutions have an axis of one."""
@@ -72,4 +92,6 @@ def _taps(make: Callable[[], Weight]) -> Weight:
 
 RECURRENT: dict[str, Family] = {
     "qwen3_next": Family("qwen3next", {**COMMON, **CHOSEN, **DELTA}, (qwen3_next,), rewrite=delta_tensors),
+    "qwen3_5_text": Family("qwen35", {**COMMON, **DELTA}, (qwen35,), rewrite=delta_tensors),
+    "qwen3_5_moe_text": Family("qwen35moe", {**SIZES, **CHOSEN, **DELTA}, (qwen35_moe,), rewrite=delta_tensors),
 }

@@ -49,7 +49,7 @@ DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # model_type of files that keep a text model's settings in text_config.
-WRAPPERS = ("llama4", "mistral3")
+WRAPPERS = ("llama4", "mistral3", "qwen3_5", "qwen3_5_moe")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", COMMON, (heads, rope)),
