@@ -167,7 +167,7 @@ def _memory(
 def _states(program: Program) -> list[tuple[str, str]]:
     """A row about the recurrent states, if there are any."""
     once, slots = program.state_nbytes, program.state_slots
-    size = f"{readable_size(slots * once)}: {readable_size(once)}, {slots} times for going back"
+    size = f"{readable_size(slots * once)}: {readable_size(once)} at each of {slots} positions to go on from"
     return [("recurrent states", size)] if slots else []
 
 

@@ -158,6 +158,38 @@ def test_scoring_between_two_steps_of_an_answer_does_not_disturb_it(model: Loade
     assert found == alone
 
 
+def interrupted_after(pieces: int, run: Any) -> Any:
+    """`run` so many times, then Ctrl+C."""
+    left = iter([run] * pieces)
+
+    def piece(tape: Any) -> None:
+        effect = next(left, None)
+        if effect is None:
+            raise KeyboardInterrupt
+        effect(tape)
+
+    return piece
+
+
+def test_a_chunk_interrupted_anywhere_applies_none_of_its_tokens(model: LoadedModel) -> None:
+    device = model.device
+    assert isinstance(device, CpuDevice)
+    expected, run = model.forward(LONG[:160], 0), device.threads_run
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "threads_run", lambda tape: (counted.append(1), run(tape)))
+        model.forward(LONG[:100], 0)
+    for pieces in range(len(counted)):
+        model.forward(LONG[:100], 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device, "threads_run", interrupted_after(pieces, run))
+            with pytest.raises(KeyboardInterrupt):
+                model.forward(LONG[100:160], 100, prompt=True)
+        assert model.cached == LONG[:100]
+        assert model.resumes(100) == 100
+        assert np.array_equal(model.forward(LONG[100:160], 100, prompt=True), expected), pieces
+
+
 def test_threads_change_no_bit(path: Path) -> None:
     answers = []
     for threads in (1, 2, 3):
@@ -175,7 +207,7 @@ def test_memory_counts_every_slot(path: Path, monkeypatch: pytest.MonkeyPatch) -
     cache, _ = CpuDevice.needed_nbytes([program], 100, "f16")
     assert cache == 100 * program.cache_nbytes(localmoe.formats.F16) + 10 * once  # type: ignore[attr-defined]
     rows = {name: value for _, section in report(path) for name, value in section}
-    assert rows["recurrent states"] == "614 kB: 61.4 kB, 10 times for going back"
+    assert rows["recurrent states"] == "614 kB: 61.4 kB at each of 10 positions to go on from"
     monkeypatch.setattr(localmoe.model, "available_nbytes", lambda: 10 * once + 30 * 128)
     with pytest.raises(DeviceError, match=r"for keys, values and recurrent states, .* at most 30 tokens fit"):
         localmoe.load(path)
