@@ -29,14 +29,15 @@ class Needed:
     """Bytes that a chat on the cpu takes beside the weights once its context is full; pages of files are not among
     them."""
 
-    cache: int  # rows padded as the device pads them; with recurrent states
+    cache: int  # rows padded as the device pads them
     working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
     vocabulary: int
     python: int = PYTHON_NBYTES
+    states: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.cache + self.working + self.vocabulary + self.python
+        return self.cache + self.states + self.working + self.vocabulary + self.python
 
     @property
     def parts(self) -> str:
@@ -44,6 +45,7 @@ class Needed:
         cache, working, vocabulary, python = map(
             readable_size, (self.cache, self.working, self.vocabulary, self.python)
         )
+        cache += f", recurrent states {readable_size(self.states)}" if self.states else ""
         return f"KV cache {cache}, working memory {working}, vocabulary {vocabulary}, Python and libraries {python}"
 
 
@@ -53,7 +55,8 @@ def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
 
     programs = [network.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
     cache, working = CpuDevice.needed_nbytes(programs, context, kv_format)
-    return Needed(cache, working, _vocabulary_nbytes(network))
+    states = programs[0].state_slots * programs[0].state_nbytes
+    return Needed(cache - states, working, _vocabulary_nbytes(network), states=states)
 
 
 def report(path: str | Path, context: int | None = None, kv_format: str = "f16") -> list[Section]:
