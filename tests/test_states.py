@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import VOCABULARY, qwen3next
+from tiny_models import END, VOCABULARY, qwen3next
 
 import localmoe
 from localmoe.errors import DeviceError
@@ -188,6 +188,18 @@ def test_a_chunk_interrupted_anywhere_applies_none_of_its_tokens(model: LoadedMo
         assert model.cached == LONG[:100]
         assert model.resumes(100) == 100
         assert np.array_equal(model.forward(LONG[100:160], 100, prompt=True), expected), pieces
+
+
+def test_the_context_may_be_filled_to_its_end_and_gone_back_from(path: Path) -> None:
+    opened = localmoe.load(path, context=40)
+    settings = SamplingSettings(temperature=0)
+    steps = [step.token for step in opened.generate(LONG[:24], settings)]
+    assert len(steps) == 17 or steps[-1] == END
+    assert [step.token for step in opened.generate(LONG[:24], settings)] == steps
+    with pytest.raises(DeviceError, match=r"41 .* 40"):
+        opened.forward(LONG[:41], 0)
+    assert opened.resumes(24) == 24 - BACK
+    opened.close()
 
 
 def test_threads_change_no_bit(path: Path) -> None:

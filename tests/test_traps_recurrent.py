@@ -36,7 +36,7 @@ from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import FORMATS, Weight
 from localmoe.inspection import report
 from localmoe.kernels.reference import values
-from localmoe.loader.huggingface_config import FAMILIES
+from localmoe.loader.huggingface_config import FAMILIES, config_keys
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
 
@@ -252,6 +252,39 @@ def test_a_text_model_beside_a_vision_model_is_read_alone(model: Callable[[], Ti
     assert relative_error(logits(network, IDS), right(tiny, tiled=False)) <= TOLERANCE
     rows = {name: value for _, section in report(tmp_path) for name, value in section}
     assert rows["not run"] == "vision (2 tensors), layers that predict further tokens (4 tensors)"
+
+
+def test_settings_as_large_models_have_them_become_keys() -> None:
+    """The sizes of transformers' own defaults (Qwen3-Next 80B, Qwen3.5 35B), with the further fields that public
+    converters and servers read from their files."""
+    both = {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 256,
+        "full_attention_interval": 4, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262144,
+        "mlp_only_layers": [], "moe_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "output_router_logits": False, "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001, "use_cache": True,
+        "shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    next_80b = both | {
+        "model_type": "qwen3_next", "decoder_sparse_step": 1, "intermediate_size": 5120, "norm_topk_prob": True,
+        "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48, "partial_rotary_factor": 0.25,
+        "rope_scaling": None, "rope_theta": 10000000, "use_sliding_window": False, "vocab_size": 151936,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25, "mrope_interleaved": True}
+    text_35b = both | {
+        "model_type": "qwen3_5_moe_text", "attn_output_gate": True, "num_experts": 256, "num_experts_per_tok": 8,
+        "num_hidden_layers": 40, "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "vocab_size": 248320,
+        "mtp_use_dedicated_embeddings": False, "rope_parameters": rope | {"mrope_section": [11, 11, 10]},
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 10,
+    }  # fmt: skip
+    for settings, architecture, blocks in ((next_80b, "qwen3next", 48), (text_35b, "qwen35moe", 40)):
+        found, keys, tied = config_keys(settings, "config.json")
+        plain = {name.removeprefix(f"{found}."): value for name, value in keys.items()}
+        assert (found, tied) == (architecture, False)
+        assert plain["attention.recurrent_layers"] == [True, True, True, False] * (blocks // 4)
+        assert (plain["rope.dimension_count"], plain["rope.freq_base"], plain["ssm.inner_size"]) == (64, 1e7, 4096)
+        assert plain["attention.key_length"] == 256
 
 
 @pytest.mark.parametrize(
