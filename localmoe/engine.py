@@ -36,6 +36,8 @@ class CausalModel(Protocol):
 
     `forward` runs 1 to `chunk` tokens at cache positions position…; `cached` is what stands in the cache, kept true by
     `forward` itself, whoever calls it and whatever interrupts it. With `prompt`, even one token is part of a prompt.
+    `resumes` gives the last position up to another one from which it runs no cached token again: a recurrent model can
+    go back to some positions only.
     """
 
     @property
@@ -47,6 +49,7 @@ class CausalModel(Protocol):
     @property
     def tokenizer(self) -> TextDecoder: ...
     def forward(self, tokens: Sequence[int], position: int, *, prompt: bool = False) -> npt.NDArray[np.float32]: ...
+    def resumes(self, position: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,7 @@ class Engine:
 
     def _reusable(self, tokens: list[int]) -> int:
         """How many leading tokens need not run; the last one always does, since its logits are not kept."""
-        return min(common_prefix(self.model.cached, tokens), len(tokens) - 1)
+        return self.model.resumes(min(common_prefix(self.model.cached, tokens), len(tokens) - 1))
 
     def _run(
         self, tokens: list[int], progress: Progress | None = None, *, prompt: bool = False

@@ -3,7 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +33,11 @@ class Needed:
     working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
     vocabulary: int
     python: int = PYTHON_NBYTES
+    states: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.cache + self.working + self.vocabulary + self.python
+        return self.cache + self.states + self.working + self.vocabulary + self.python
 
     @property
     def parts(self) -> str:
@@ -44,6 +45,7 @@ class Needed:
         cache, working, vocabulary, python = map(
             readable_size, (self.cache, self.working, self.vocabulary, self.python)
         )
+        cache += f", recurrent states {readable_size(self.states)}" if self.states else ""
         return f"KV cache {cache}, working memory {working}, vocabulary {vocabulary}, Python and libraries {python}"
 
 
@@ -53,7 +55,8 @@ def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
 
     programs = [network.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
     cache, working = CpuDevice.needed_nbytes(programs, context, kv_format)
-    return Needed(cache, working, _vocabulary_nbytes(network))
+    states = programs[0].state_slots * programs[0].state_nbytes
+    return Needed(cache - states, working, _vocabulary_nbytes(network), states=states)
 
 
 def report(path: str | Path, context: int | None = None, kv_format: str = "f16") -> list[Section]:
@@ -101,8 +104,17 @@ def _model(network: Network) -> list[tuple[str, str]]:
         ("trained context", f"{network.trained_context:,}"),
         ("size", readable_size(source.nbytes)),
     ]
+    if network.skipped:
+        rows.append(("not run", _skipped(network.skipped)))
     licence = source.metadata.get("general.license")
     return rows + ([("licence", str(licence))] if licence else [])
+
+
+def _skipped(names: list[str]) -> str:
+    """Which parts of the file a chat does without, and how many tensors they have."""
+    kinds = {"v": "vision", "mm": "vision", "a": "audio", "blk": "layers that predict further tokens"}
+    parts = Counter(kinds.get(name.partition(".")[0], "others") for name in names)
+    return ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
 
 
 def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:
@@ -149,9 +161,17 @@ def _memory(
         ("read for one token", readable_size(program.weight_nbytes(1))),
         (f"KV cache per token ({kv_format})", readable_size(per_token)),
         (f"KV cache at {context:,} tokens", readable_size(context * per_token)),
+        *_states(program),
         ("needed beside the weights", f"{readable_size(beside.nbytes)} at {context:,} tokens: {beside.parts}"),
         ("fits this machine", verdict),
     ]
+
+
+def _states(program: Program) -> list[tuple[str, str]]:
+    """A row about the recurrent states, if there are any."""
+    once, slots = program.state_nbytes, program.state_slots
+    size = f"{readable_size(slots * once)}: {readable_size(once)} at each of {slots} positions to go on from"
+    return [("recurrent states", size)] if slots else []
 
 
 def _vocabulary_nbytes(network: Network) -> int:

@@ -16,6 +16,7 @@ from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Floats, Program, Progress, Tensor
+from localmoe.kernels.states import States
 from localmoe.loader.checkpoint import Checkpoint
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
@@ -53,7 +54,7 @@ class Network:
             raise FileFormatError(f"{source.path}: the model's sizes do not fit together: {error}") from error
         self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
         self.metadata.finish()
-        checkpoint.finish()
+        self.skipped = checkpoint.finish()  # tensors of parts that are not run: vision, audio, further tokens
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
         """Trace the family's forward pass for steps of up to `tokens` tokens."""
@@ -105,6 +106,7 @@ class Model:
         fits = self.source.nbytes < AHEAD * available_nbytes()
         self._prefault = Prefault(self.network.weights_by_use() if lazy == "auto" and fits else ())
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
+        self._states = States(self.network.program(1).state_slots)
         # Compiled now, under the progress bar, and not when the first answer is awaited.
         sizes = sorted({1, self.chunk})
         plans = self.device.compile_all([self.network.program(tokens) for tokens in sizes])
@@ -178,7 +180,8 @@ class Model:
         """Run tokens at cache positions position… -> logits of the last (1, V), or of all (T, V).
 
         One token by itself is a decoding step, whose inputs a device may round to 8 bits; as part of a `prompt` it runs
-        as a chunk does, so that a prompt's bits do not depend on how it is cut or on what of it was cached.
+        as a chunk does, so that a prompt's bits do not depend on how it is cut or on what of it was cached. Where the
+        recurrent states of that position are not kept, the tokens from the nearest ones on are run again (`resumes`).
         Raises DeviceError beyond the context, SettingError for ids outside the vocabulary.
         """
         assert position <= len(self.cached), "a hole in the cache"
@@ -190,22 +193,32 @@ class Model:
             raise DeviceError(
                 f"{position + ids.size} tokens do not fit the context of {self.context}; open with a larger context"
             )
+        if (start := self.resumes(position)) < position:
+            self.forward(self.cached[start:position], start, prompt=True)
         # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
         del self.cached[position:]
+        self._states.forget(position)
         step = min(SCORE_CHUNK, self.context) if all_logits else self.chunk
         decoding = ids.size == 1 and not all_logits and not prompt
         pieces = []
         for start in range(0, ids.size, step):
             piece = ids[start : start + step].astype(np.int32)
-            plan = self._plan(1 if decoding else step, all_rows=all_logits)
-            pieces.append(plan.run(piece, position + start))
+            plan, at = self._plan(1 if decoding else step, all_rows=all_logits), position + start
+            slots = self._states.begin(at, piece.size, marked=not decoding)
+            pieces.append(plan.run(piece, at, slots))
+            self._states.finish(slots, at, piece.size)
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces) if all_logits else pieces[-1]
+
+    def resumes(self, position: int) -> int:
+        """The last position, of those up to `position`, from which a step goes on without running any token again."""
+        return self._states.nearest(position)
 
     def close(self) -> None:
         """Stop the device's threads and free the cache."""
         self._prefault.stop()
         self.cached.clear()
+        self._states.clear()
         self._plans.clear()
         self.device.close()
 
@@ -225,12 +238,14 @@ class Model:
         positions = [op.weights[0].rows for op in self.network.program(1).ops if op.name == "add_positions"]
         if positions and context > positions[0]:
             raise SettingError(f"a context of {context} tokens is not possible; the model has {positions[0]} positions")
-        per_token = self.network.program(1).cache_nbytes(cache_format(kv_format))
-        free = available_nbytes()
-        if context * per_token > free:
+        program, free = self.network.program(1), available_nbytes()
+        per_token, fixed = program.cache_nbytes(cache_format(kv_format)), program.state_slots * program.state_nbytes
+        if (needed := context * per_token + fixed) > free:
+            what = "keys, values and recurrent states" if fixed else "keys and values"
+            most = max(free - fixed, 0) // per_token if per_token else 0
             raise DeviceError(
-                f"{self.source.path}: a context of {context} tokens needs {readable_size(context * per_token)} for "
-                f"keys and values, and {readable_size(free)} are free; at most {free // per_token} tokens fit"
+                f"{self.source.path}: a context of {context} tokens needs {readable_size(needed)} for {what}, and "
+                f"{readable_size(free)} are free; at most {most} tokens fit"
             )
         return context
 

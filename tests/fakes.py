@@ -119,6 +119,9 @@ class FakeModel:
         logits[0, self._next()] = 20
         return logits
 
+    def resumes(self, position: int) -> int:
+        return position
+
     def close(self) -> None:
         self.closed = True
 

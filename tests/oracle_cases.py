@@ -82,11 +82,13 @@ def grouped(r: Random) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """A transformers config class and its random settings."""
+    """A transformers config class and its random settings. The issue asks for a tolerance of 1e-4; float32 in another
+    order gives about 1e-6."""
 
     kind: str
     settings: Callable[[Random, str], dict[str, Any]]
     ropes: tuple[str, ...] = ("plain", "yarn")
+    tolerance: float = 2e-5
 
 
 CASES = {

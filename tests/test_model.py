@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import END, VOCABULARY, deepseek2, qwen3moe
+from tiny_models import END, VOCABULARY, deepseek2, qwen3moe, qwen3next
 
 import localmoe
 import localmoe.model
@@ -32,17 +32,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "gqa-q8": qwen3moe(folder / "gqa-q8.gguf", format="Q8_0"),
         "mla": deepseek2(folder / "mla.gguf"),
         "mla-q8": deepseek2(folder / "mla-q8.gguf", format="Q8_0"),
+        "delta": qwen3next(folder / "delta.gguf"),
+        "delta-q8": qwen3next(folder / "delta-q8.gguf", format="Q8_0"),
     }
 
 
-@pytest.fixture(scope="module", params=["gqa-q8", "mla-q8"])
+@pytest.fixture(scope="module", params=["gqa-q8", "mla-q8", "delta-q8"])
 def model(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterator[LoadedModel]:
     opened = localmoe.load(files[request.param])
     yield opened
     opened.close()
 
 
-@pytest.fixture(scope="module", params=["gqa", "mla"])
+@pytest.fixture(scope="module", params=["gqa", "mla", "delta"])
 def exact(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterator[LoadedModel]:
     """A model of float32 weights: nothing is rounded to 8 bits."""
     opened = localmoe.load(files[request.param], kv_format="f32")

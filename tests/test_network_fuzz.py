@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import Tiny
+from tiny_recurrent import MODELS
 
 from localmoe.errors import LocalMoeError
 from localmoe.loader.locate import bundled, open_source
@@ -48,24 +51,28 @@ def assert_refused_or_sound(source: Source, key: str, value: object) -> bool:
     return False
 
 
-def run_all(path: Path, step: int) -> None:
-    source = open_source(path)
+def run_all(source: Source, step: int) -> None:
     cases = mutations(source)[::step]
     refused = sum(assert_refused_or_sound(source, key, value) for key, value in cases)
     assert refused > len(cases) // 3, "mutations should mostly be refused: is the metadata read at all?"
 
 
 def test_mutated_metadata_of_the_bundled_model_is_refused_or_sound() -> None:
-    run_all(bundled(), 5)
+    run_all(open_source(bundled()), 5)
 
 
 @pytest.mark.parametrize("folder", ["deepseek-v3-yarn", "mixtral", "llama3-rope", "qwen2-moe", "qwen3-moe", "olmoe"])
 def test_mutated_metadata_of_a_folder_is_refused_or_sound(conformance: Path, folder: str) -> None:
-    run_all(conformance / "logits" / folder, 3)
+    run_all(open_source(conformance / "logits" / folder), 3)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+def test_mutated_metadata_of_a_recurrent_model_is_refused_or_sound(model: Callable[[], Tiny]) -> None:
+    run_all(model().source(), 1)
 
 
 @pytest.mark.conformance
 def test_every_mutation_of_every_folder(conformance: Path) -> None:
-    run_all(bundled(), 1)
+    run_all(open_source(bundled()), 1)
     for folder in sorted((conformance / "logits").iterdir()):
-        run_all(folder, 1)
+        run_all(open_source(folder), 1)

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 from families import chosen_experts, in_memory, logits, relative_error
-from oracle_cases import CASES, VOCABULARY, latent, yarn
+from oracle_cases import CASES, VOCABULARY, Case, latent, yarn
 from oracle_dense import DENSE
 from oracle_mixtures import MIXTURES, ROUTERS, expert_ids
+from oracle_recurrent import RECURRENT
 
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
 
 pytestmark = pytest.mark.oracle
 
-# The issue asks for 1e-4; float32 in another order gives about 1e-6.
-TOLERANCE = 2e-5
+TOLERANCE = Case.tolerance
 SEEDS = range(4)
 TOKENS = 72  # original contexts are 16 or 32 tokens, windows 3 to 20
-ALL = {**CASES, **DENSE, **MIXTURES}
+ALL = {**CASES, **DENSE, **MIXTURES, **RECURRENT}
 RUNS = [(name, rope, seed) for name, case in ALL.items() for rope in case.ropes for seed in SEEDS]
 
 
@@ -71,7 +71,13 @@ def right_answer(model: Any, ids: list[int]) -> tuple[np.ndarray, list[np.ndarra
     return result, chosen
 
 
-def compare(network: Network, model: Any, ids: list[int], report: Callable[[str, object], None]) -> None:
+def compare(
+    network: Network,
+    model: Any,
+    ids: list[int],
+    report: Callable[[str, object], None],
+    tolerance: float = TOLERANCE,
+) -> None:
     """Routers first: where they part, the logits have to. Then both devices."""
     right, chosen = right_answer(model, ids)
     ours = chosen_experts(network, ids)
@@ -88,7 +94,7 @@ def compare(network: Network, model: Any, ids: list[int], report: Callable[[str,
     for device in ("reference", "cpu"):
         error = relative_error(logits(network, ids, device), right)
         report(f"{device} relative error", error)
-        assert error <= TOLERANCE, device
+        assert error <= tolerance, device
 
 
 @pytest.mark.parametrize(("name", "rope", "seed"), RUNS, ids=[f"{n}-{rope}-{seed}" for n, rope, seed in RUNS])
@@ -103,7 +109,7 @@ def test_fresh_models_agree_with_transformers(
     ids = [r.randrange(VOCABULARY) for _ in range(TOKENS)]
     kept = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
     copy.deepcopy(model).to(kept).save_pretrained(tmp_path)  # a copy, as rope's frequencies would be rounded too
-    compare(Network(open_source(tmp_path)), model, ids, record_property)
+    compare(Network(open_source(tmp_path)), model, ids, record_property, case.tolerance)
 
 
 def mistral_large(model: Any, split: bool) -> Network:

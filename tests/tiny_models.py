@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,10 @@ def vocabulary(template: str | None = TEMPLATE) -> dict[str, Any]:
 
 
 def tensors(shapes: dict[str, tuple[int, ...]], matrices: str, random: Random) -> list[Tensor]:
-    """Random tensors; those of two and more axes that are not routers in the format `matrices`."""
+    """Random tensors; those of two and more axes that are neither routers nor convolutions in the format `matrices`."""
     made = []
     for name, shape in shapes.items():
-        format = matrices if len(shape) > 1 and "gate_inp" not in name else "F32"
+        format = matrices if len(shape) > 1 and not re.search("gate_inp|conv1d", name) else "F32"
         slabs = weight(random, shape, format).slabs
         made.append(Tensor(name, shape, format, b"".join(s.tobytes() for s in slabs)))
     return made
@@ -104,6 +106,43 @@ def deepseek2(path: Path, *, format: str = "F32", seed: int = 0, **metadata: Any
         "expert_weights_scale": 2.5,
     }  # fmt: skip
     return write(path, "deepseek2", sizes, tensors(shapes, format, np.random.default_rng(seed)), metadata)
+
+
+def qwen3next(path: Path, *, format: str = "F32", seed: int = 0, **metadata: Any) -> Path:
+    """Delta nets in the first three of 4 blocks, 2 key heads of 32 and 4 value heads of 32; else as `qwen3moe`, with a
+    shared expert."""
+    D, Q, K, d, E, F, heads, values = 64, 64, 32, 16, 6, 32, 2, 4
+    channels = 2 * heads * 32 + values * 32
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, D)}
+    for i in range(4):
+        block: dict[str, tuple[int, ...]] = {
+            "attn_norm": (D,), "post_attention_norm": (D,), "ffn_gate_inp": (E, D), "ffn_gate_exps": (E, F, D),
+            "ffn_up_exps": (E, F, D), "ffn_down_exps": (E, D, F), "ffn_gate_inp_shexp": (D,), "ffn_gate_shexp": (F, D),
+            "ffn_up_shexp": (F, D), "ffn_down_shexp": (D, F),
+        }  # fmt: skip
+        if i == 3:
+            block |= {"attn_q": (2 * Q, D), "attn_k": (K, D), "attn_v": (K, D), "attn_output": (D, Q)}
+            block |= {"attn_q_norm": (d,), "attn_k_norm": (d,)}
+        else:
+            block |= {"attn_qkv": (channels, D), "attn_gate": (128, D), "ssm_ba": (2 * values, D), "ssm_out": (D, 128)}
+            block |= {"ssm_norm": (32,)}
+            shapes |= {f"blk.{i}.ssm_dt.bias": (values,), f"blk.{i}.ssm_a": (values,)}
+            shapes |= {f"blk.{i}.ssm_conv1d.weight": (channels, 4)}
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+    shapes |= {"output_norm.weight": (D,), "output.weight": (VOCABULARY, D)}
+    sizes = {
+        "block_count": 4, "context_length": 300, "embedding_length": D,
+        "attention.head_count": 4, "attention.head_count_kv": 2,
+        "attention.key_length": d, "attention.value_length": d, "attention.layer_norm_rms_epsilon": 1e-6,
+        "expert_count": E, "expert_used_count": 2, "expert_feed_forward_length": F,
+        "expert_shared_feed_forward_length": F, "rope.freq_base": 10000.0, "rope.dimension_count": 8,
+        "ssm.conv_kernel": 4, "ssm.state_size": 32, "ssm.group_count": heads, "ssm.time_step_rank": values,
+        "ssm.inner_size": 128,
+    }  # fmt: skip
+    made = tensors(shapes, format, np.random.default_rng(seed))
+    decaying = np.float32([-0.01, -0.1, -1, -3]).tobytes()
+    made = [replace(t, data=decaying) if t.name.endswith("ssm_a") else t for t in made]
+    return write(path, "qwen3next", sizes, made, metadata)
 
 
 def write(path: Path, architecture: str, sizes: dict[str, Any], made: list[Tensor], metadata: dict[str, Any]) -> Path:

@@ -112,6 +112,8 @@ class Subject:
             model.forward(self.ids[len(model.cached) : first], len(model.cached), prompt=True)
         behind = model.cached[last:]
         model.forward(self.ids[first : first + 1], first)
+        if (resumed := model.resumes(first)) < first:
+            model.forward(self.ids[resumed:first], resumed, prompt=True)
         start = perf_counter()
         if test.kind == "pp":
             model.forward(self.ids[first:last], first, prompt=True)

@@ -62,6 +62,8 @@ def op_work(program: Program, op: Op, tokens: int, depth: float, kv: str) -> Wor
         layer: CacheLayer = op.attributes["cache"]
         of_element = KV_FORMATS[kv].nbytes / KV_FORMATS[kv].elements
         return Work(nbytes + (depth + tokens) * layer.elements * of_element, 0.0, operations)
+    if "state" in op.attributes:
+        nbytes += 2 * op.attributes["state"].nbytes  # read and written, however many tokens there are
     matrices = op.matrices
     whole = sum(w.elements for w in matrices) or 1
     quantised = sum(w.elements for w in matrices if w.format.name not in FLOAT_FORMATS)

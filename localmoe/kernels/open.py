@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from localmoe.errors import DeviceError, SettingError
 from localmoe.formats import KV_FORMATS, Format
-from localmoe.kernels.program import Floats, Program, Progress
+from localmoe.kernels.program import IN_PLACE, Floats, Program, Progress, StateSlots
 
 DEVICES = ("cpu", "reference")
 
@@ -18,10 +18,11 @@ DEVICES = ("cpu", "reference")
 class Plan(Protocol):
     """A compiled Program."""
 
-    def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
+    def run(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots = IN_PLACE) -> Floats:
         """1 to `program.tokens` token ids at cache positions position… -> logits (rows, V), a fresh array.
 
-        What stood in the cache at these positions is overwritten; what stands behind them no longer counts.
+        What stood in the cache at these positions is overwritten; what stands behind them no longer counts. Recurrent
+        states are read from and written to `slots`; an interrupted step leaves those written undefined.
         """
         ...
 

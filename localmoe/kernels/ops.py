@@ -19,6 +19,7 @@ from localmoe.kernels.program import (
     Program,
     RopeTable,
     Router,
+    StateLayer,
     Temperature,
     Tensor,
     contiguous,
@@ -29,11 +30,12 @@ SCORES = ("softmax", "sigmoid")
 
 
 class Cache:
-    """The KV cache while tracing: what is appended to a layer fixes its layout."""
+    """The KV cache and the recurrent states while tracing: what is appended to a layer fixes its layout."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
         self.layers: list[CacheLayer] = []
+        self.states: list[StateLayer] = []
 
     def append(self, key: Tensor, value: Tensor | None = None, *, value_prefix: int = 0) -> CacheLayer:
         """Write this step's keys (T, K, dk) and values (T, K, dv) behind those of earlier steps, as the next layer.
@@ -48,6 +50,12 @@ class Cache:
         layer = CacheLayer(len(self.layers), key.shape[1], key.shape[2], width, value_prefix)
         self.layers.append(layer)
         self._ops.record("cache_append", (key,) if value is None else (key, value), (), cache=layer)
+        return layer
+
+    def state(self, matrices: int, rows: int, columns: int) -> StateLayer:
+        """The next recurrent state, for one op that reads and renews it with each token."""
+        layer = StateLayer(len(self.states), (matrices, rows, columns))
+        self.states.append(layer)
         return layer
 
 
@@ -142,6 +150,50 @@ class Ops:
         self.record("attention", (q,), (out,), (sinks,) if sinks else (), cache=cache, scale=scale, **seen)
         return out
 
+    def causal_conv(self, parts: Sequence[Tensor], weight: Weight, state: StateLayer) -> Tensor:
+        """Heads (T, H, d) of several parts beside one another, C channels in all, through a causal convolution of each
+        channel and silu -> (T, C).
+
+        y[t, c] = silu(Σ weight[c, j] · x[t - n + 1 + j, c]) with weight (C, n); `state` (1, n - 1, C) holds the inputs
+        of the last n - 1 tokens.
+        """
+        channels, taps = sum(x.shape[1] * x.shape[2] for x in parts), weight.columns
+        fits = taps > 1 and weight.shape == (channels, taps) and state.shape == (1, taps - 1, channels)
+        self.check(fits, "causal_conv", f"channels of state {state.shape}", *parts, weight)
+        out = self.new((parts[0].shape[0], channels))
+        return self.record("causal_conv", tuple(parts), (out,), (weight,), state=state)[0]
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        beta: Tensor,
+        decay: Tensor,
+        rate: Weight,
+        bias: Weight,
+        state: StateLayer,
+        *,
+        tiled: bool = False,
+    ) -> Tensor:
+        """Gated delta rule: q and k (T, K, dk), v (T, H, dv) -> (T, H, dv). Yang, Kautz and Hatamizadeh
+        2024, Gated Delta Networks.
+
+        For each head, with k and q divided by sqrt(Σ x² + 1e-6), q also by √dk, β = sigmoid(beta) and α = exp(rate ·
+        softplus(decay + bias)): S becomes α S, then S + k (β (v - Sᵀ k))ᵀ; the result is Sᵀ q. Beta and decay are (T,
+        H) in any two axes behind T, (T, G, H / G); rate (negative) and bias are (H,), `state` (H, dk, dv) is S. Head h
+        reads key h // (H / K), or h % K if `tiled`.
+        """
+        heads, keys = value.shape[1], key.shape[1]
+        fits = query.shape == key.shape and heads % keys == 0 and state.shape == (heads, key.shape[2], value.shape[2])
+        self.check(fits, "delta_rule", f"heads or widths of state {state.shape}", query, key, value)
+        for gate in (beta, decay):
+            self.check(len(gate.shape) == 3 and gate.shape[1] * gate.shape[2] == heads, "delta_rule", "gates", gate)
+        self.check(rate.shape == bias.shape == (heads,), "delta_rule", "rate and bias", rate, bias)
+        inputs = (query, key, value, beta, decay)
+        out = self.new(value.shape)
+        return self.record("delta_rule", inputs, (out,), (rate, bias), state=state, tiled=tiled)[0]
+
     def gelu(self, x: Tensor) -> Tensor:
         """x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 -> shape of x. Hendrycks & Gimpel 2016, their approximation."""
         return self.record("gelu", (x,), (self.new(x.shape),))[0]
@@ -224,9 +276,8 @@ class Ops:
 
     def finish(self, output: Tensor) -> Program:
         """The recorded Program, whose result is `output` (rows, V)."""
-        return Program(
-            self.tokens, tuple(self._ops), self.input, output, tuple(self._buffers), tuple(self.cache.layers)
-        )
+        cache, states = tuple(self.cache.layers), tuple(self.cache.states)
+        return Program(self.tokens, tuple(self._ops), self.input, output, tuple(self._buffers), cache, states)
 
     def new(self, shape: tuple[int, ...], dtype: str = "f32") -> Tensor:
         tensor = Tensor(len(self._buffers), shape, contiguous(shape), 0, dtype)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from localmoe.formats import Format, Weight
 
+KEPT_NBYTES, MOST_KEPT = 256 << 20, 8  # of recurrent states at earlier tokens, for a conversation that is taken back
+
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # (what, done, total) of anything that takes time
 
@@ -81,6 +83,43 @@ def cache_row(width: int, format: Format) -> int:
     """Elements of a cached row of `width` values: whole blocks, and whole vectors of 16."""
     unit = max(16, format.elements)
     return -(-width // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """What a recurrent op carries from one token to the next: float32 (matrices, rows, columns), zeros before the first
+    token."""
+
+    index: int
+    shape: tuple[int, int, int]
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """The shape in whole groups of 4 rows and 32 columns."""
+        matrices, rows, columns = self.shape
+        return matrices, -(-rows // 4) * 4, -(-columns // 32) * 32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in one slot."""
+        return 4 * prod(self.padded)
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlots:
+    """Where a step finds its states and where it leaves them: a device keeps every state in several slots.
+
+    They are read from `source` (at position 0 nothing is read) and left in `target`, which may be the same. As they are
+    after `kept_tokens` tokens of the step they are also left in `kept`; 0: nowhere.
+    """
+
+    source: int = 0
+    target: int = 0
+    kept: int = 0
+    kept_tokens: int = 0
+
+
+IN_PLACE = StateSlots()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -158,8 +197,11 @@ class Op:
             return 2 * tokens * context * self.inputs[0].shape[1] * (layer.key_width + values)
         if self.name == "experts":
             return 2 * tokens * self.inputs[1].shape[1] * sum(w.elements // w.shape[0] for w in self.matrices)
-        if self.name in ("linear", "head_linear"):
+        if self.name in ("linear", "head_linear", "causal_conv"):
             return 2 * tokens * sum(w.elements for w in self.matrices)
+        if self.name == "delta_rule":  # the state is scaled, read twice and added to once
+            state: StateLayer = self.attributes["state"]
+            return 7 * tokens * prod(state.shape)
         return 0
 
 
@@ -173,6 +215,7 @@ class Program:
     output: Tensor
     buffers: tuple[Tensor, ...]
     cache: tuple[CacheLayer, ...]
+    states: tuple[StateLayer, ...] = ()
 
     def weight_nbytes(self, tokens: int = 1) -> int:
         """Bytes of weights one step reads, each once."""
@@ -188,6 +231,16 @@ class Program:
     def cache_nbytes(self, format: Format) -> int:
         """Bytes the cache keeps per token, all layers together."""
         return sum(layer.nbytes(format) for layer in self.cache)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the recurrent states after one token, all layers together, whatever the number of tokens."""
+        return sum(layer.nbytes for layer in self.states)
+
+    @property
+    def state_slots(self) -> int:
+        """How often a device keeps them: as read, as written, and as they were at 1 to MOST_KEPT earlier tokens."""
+        return 2 + min(max(KEPT_NBYTES // self.state_nbytes, 1), MOST_KEPT) if self.states else 0
 
     def last_uses(self) -> dict[int, int]:
         """Buffer -> index of the last op that reads or writes it (the output lives to the end)."""

@@ -11,7 +11,18 @@ import numpy.typing as npt
 
 from localmoe.errors import UnsupportedError
 from localmoe.formats import KV_FORMATS, Bytes, Format, Weight
-from localmoe.kernels.program import CacheLayer, Floats, Op, Program, RopeTable, Router, Tensor
+from localmoe.kernels.program import (
+    IN_PLACE,
+    CacheLayer,
+    Floats,
+    Op,
+    Program,
+    RopeTable,
+    Router,
+    StateSlots,
+    Tensor,
+)
+from localmoe.kernels.reference_states import Carried, convolved, delta_rows
 
 Array = npt.NDArray[Any]
 
@@ -69,6 +80,8 @@ class ReferenceDevice:
         self.context = context
         self.kv = KV_FORMATS[kv_format]
         self.caches: dict[int, tuple[Array, Array | None]] = {}
+        self.states: dict[int, Array] = {}  # (slots, matrices, rows, columns)
+        self.slots = StateSlots()  # of the step that runs
 
     def compile_all(self, programs: Sequence[Program]) -> list[ReferencePlan]:
         return [self.compile(program) for program in programs]
@@ -82,10 +95,13 @@ class ReferenceDevice:
                     keys,
                     np.zeros((layer.heads, self.context, width), np.float32) if width else None,
                 )
+        for state in program.states:
+            self.states.setdefault(state.index, np.zeros((program.state_slots, *state.shape), np.float32))
         return ReferencePlan(self, program)
 
     def close(self) -> None:
         self.caches.clear()
+        self.states.clear()
 
 
 class ReferencePlan:
@@ -96,8 +112,9 @@ class ReferencePlan:
         self.program = program
         self.watch: Callable[[Op, list[Array], list[Array]], None] | None = None
 
-    def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
+    def run(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots = IN_PLACE) -> Floats:
         """Token ids (T,) at cache positions position… -> logits (rows, V)."""
+        self.device.slots = slots
         store = {b.buffer: _poisoned(b, tokens.size) for b in self.program.buffers}
         _view(store, self.program.input, tokens.size)[...] = tokens
         for op in self.program.ops:
@@ -223,6 +240,18 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
     return [np.einsum("kgts,ksd->tkgd", weights, v).reshape(tokens, q.shape[1], -1)]
 
 
+def causal_conv(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    x = np.concatenate([part.reshape(len(part), -1) for part in inputs], axis=1)  # (T, C)
+    carried = Carried(device.states[op.attributes["state"].index], device.slots, position, len(x))
+    return [convolved(x, values(op.weights[0]), carried)]
+
+
+def delta_rule(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    carried = Carried(device.states[op.attributes["state"].index], device.slots, position, len(inputs[0]))
+    rate, bias = map(values, op.weights)
+    return [delta_rows(inputs, rate, bias, carried, op.attributes["tiled"])]
+
+
 def sigmoid(x: Array) -> Array:
     with np.errstate(over="ignore"):
         return np.asarray(1 / (1 + np.exp(-x.astype(np.float32))))
@@ -328,6 +357,8 @@ _TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]
         concat,
         cache_append,
         attention,
+        causal_conv,
+        delta_rule,
         glu,
         gelu,
         scale,

@@ -23,8 +23,9 @@ class Checkpoint:
         self._asked: set[str] = set()
 
     def __call__(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight:
-        """Shapes are numpy's, (rows, columns); axes of length one count for nothing, as GGUF drops some of them."""
-        full = f"{self.prefix}{name}.{suffix}"
+        """Shapes are numpy's, (rows, columns); axes of length one count for nothing, as GGUF drops some of them. A few
+        names have no suffix, ""."""
+        full = f"{self.prefix}{name}.{suffix}".removesuffix(".")
         self._asked.add(full)
         if full not in self.source.tensors:
             raise self._missing(full, shape)
@@ -38,7 +39,7 @@ class Checkpoint:
         return self(name, shape, suffix="bias")
 
     def has(self, name: str, *, suffix: str = "weight") -> bool:
-        return f"{self.prefix}{name}.{suffix}" in self.source.tensors
+        return f"{self.prefix}{name}.{suffix}".removesuffix(".") in self.source.tensors
 
     def scope(self, prefix: str) -> Checkpoint:
         """The same checkpoint, names counted from `prefix`: `get.scope("blk.0")("attn_q", shape)`."""

@@ -201,13 +201,13 @@ def gpt2(settings: Settings, keys: Keys, architecture: str) -> None:
 def raised_norms(makers: Makers, keys: Keys) -> None:
     """Gemma's norms multiply by 1 + weight; GGUF files have the sum."""
     for name in [name for name in makers if name.endswith("norm.weight")]:
-        makers[name] = partial(_raised, makers[name])
+        makers[name] = partial(raised, makers[name])
 
 
 def factor_tensors(makers: Makers, keys: Keys) -> None:
     for name in ("rope_factors_short", "rope_factors_long"):
         if factors := keys.get(name.replace("_", ".", 1)):
-            makers[f"{name}.weight"] = partial(_vector, f"{name}.weight", np.array(factors, np.float32))
+            makers[f"{name}.weight"] = partial(vector, f"{name}.weight", np.array(factors, np.float32))
 
 
 def turned_matrices(makers: Makers, keys: Keys) -> None:
@@ -219,20 +219,23 @@ def turned_matrices(makers: Makers, keys: Keys) -> None:
             makers[name] = partial(_turned, makers[name])
 
 
-def _vector(name: str, values: Any) -> Weight:
+def vector(name: str, values: Any) -> Weight:
     return Weight(name, values.shape, F32, (values.view(np.uint8).reshape(-1),))
 
 
-def _raised(make: Callable[[], Weight]) -> Weight:
+def raised(make: Callable[[], Weight]) -> Weight:
     weight = make()
+    return vector(weight.name, floats(weight) + np.float32(1))
+
+
+def floats(weight: Weight) -> Any:
+    """The values of a vector as float32."""
     if weight.format not in (F32, F16, BF16) or len(weight.shape) != 1:
         raise FileFormatError(f"tensor {shown(weight.name)} has shape {weight.shape}, expected one axis of floats")
     (stored,) = weight.slabs
     if weight.format == BF16:
-        values = (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = stored.view(np.float16 if weight.format == F16 else np.float32).astype(np.float32)
-    return _vector(weight.name, values + np.float32(1))
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return stored.view(np.float16 if weight.format == F16 else np.float32).astype(np.float32)
 
 
 def _turned(make: Callable[[], Weight]) -> Weight:

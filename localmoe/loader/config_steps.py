@@ -23,9 +23,14 @@ BASES = {
     "cohere": 500000.0, "smollm3": 2e6,
 }  # fmt: skip
 # Architectures of which a part of each head may turn, and partial_rotary_factor where config.json is silent.
-PARTIAL = {"glm4moe": 0.5, "minimax-m2": 1.0, "glm4": 0.5}
+PARTIAL = {
+    "glm4moe": 0.5, "minimax-m2": 1.0, "glm4": 0.5, "qwen3next": 0.25, "qwen35": 0.25, "qwen35moe": 0.25,
+}  # fmt: skip
 # Width of a head where config.json is silent, for those whose default is no quotient.
-HEAD_WIDTHS = {"qwen3": 128, "gemma2": 256, "gemma3": 256, "glm4": 128, "mistral3": 128}
+HEAD_WIDTHS = {
+    "qwen3": 128, "gemma2": 256, "gemma3": 256, "glm4": 128, "mistral3": 128, "qwen3next": 256, "qwen35": 256,
+    "qwen35moe": 256,
+}  # fmt: skip
 
 
 def heads(settings: Settings, keys: Keys, architecture: str) -> None:
@@ -184,6 +189,8 @@ def rope(settings: Settings, keys: Keys, architecture: str) -> None:
         keys["attention.temperature_scale"] = beta
         keys["attention.temperature_length"] = keys.get("rope.scaling.original_context_length", keys["context_length"])
         inner.take("max_position_embeddings")  # said again
+    if architecture in ("qwen35", "qwen35moe"):  # where a picture's rows and columns go; a text's positions are one
+        inner.take("mrope_section", "mrope_interleaved")
     inner.finish()
 
 

@@ -21,7 +21,9 @@ EXPERT = re.compile(r"(?P<head>.*\.experts)\.(?P<number>\d{1,6})\.(?P<tail>[^.]+
 LAYER = re.compile(r"(?P<head>model\.layers|(?:transformer\.)?h)\.(?P<number>\d{1,6})\.(?P<rest>.*)")
 # A text model beside a vision model, whose own tensors the checkpoint skips as GGUF's "v." ones.
 TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.|^language_model\.(?=lm_head)")
-VISION = re.compile(r"(?:model\.)?(?:vision_model|vision_tower|multi_modal_projector)\.")
+VISION = re.compile(r"(?:model\.)?(?:vision_model|vision_tower|multi_modal_projector|visual)\.")
+# A multi-token-prediction layer outside the numbered ones (Qwen3-Next and Qwen3.5).
+PREDICTION = re.compile(r"(?:model\.)?mtp\.")
 # Rope frequencies that old checkpoints store although config.json implies them.
 IMPLIED = re.compile(r".*\.rotary_emb\.inv_freq")
 # Names that the gguf package's map lacks: fused experts, and transformers' names without suffix.
@@ -35,6 +37,7 @@ FUSED = {
     "feed_forward.experts.down_proj": "ffn_down_exps.weight",
     "block_sparse_moe.input_linear.weight": "ffn_gate_up_exps.weight",
     "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
+    "linear_attn.dt_bias": "ssm_dt.bias",
 }  # fmt: skip
 # Families whose map has no output of its own (Gemma, Command R), as every released file ties it to the embedding.
 UNTIED = {"lm_head.weight": "output.weight"}
@@ -128,6 +131,8 @@ def _renaming(architecture: str, layers: int) -> Callable[[str], str]:
     def rename(name: str) -> str:
         if VISION.match(name):
             return f"v.{name}"
+        if PREDICTION.match(name):
+            return f"blk.{layers}.nextn.{name}"
         name = TEXT.sub(lambda found: "" if found[0] == "language_model." else "model.", name)
         layer = LAYER.fullmatch(name)
         if not layer:

@@ -12,6 +12,7 @@ from localmoe.errors import UnsupportedError
 from localmoe.loader.config_dense import DENSE
 from localmoe.loader.config_json import Family, Keys, Settings
 from localmoe.loader.config_mixtures import MIXTURES
+from localmoe.loader.config_recurrent import RECURRENT
 from localmoe.loader.config_steps import (
     COMMON,
     deepseek_experts,
@@ -48,7 +49,7 @@ DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # model_type of files that keep a text model's settings in text_config.
-WRAPPERS = ("llama4", "mistral3")
+WRAPPERS = ("llama4", "mistral3", "qwen3_5", "qwen3_5_moe")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", COMMON, (heads, rope)),
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("deepseek2", DEEPSEEK, (latent_heads, deepseek_experts, rope)),
     **DENSE,
     **MIXTURES,
+    **RECURRENT,
 }
 
 

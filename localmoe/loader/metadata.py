@@ -86,6 +86,10 @@ class Metadata:
             possible = " or ".join(repr(value) for value in allowed) or "its absence"
             raise UnsupportedError(f"{self.origin}: {self._full(key)} is {shown(found)}; possible is {possible}")
 
+    def skip(self, key: builtins.str) -> None:
+        """A key that has no bearing on what is computed here."""
+        self._read.add(self._full(key))
+
     def finish(self) -> None:
         """Refuses keys of this architecture that nobody read: nothing is dropped in silence."""
         prefix = f"{self.architecture}."

@@ -52,6 +52,12 @@ class Source:
         """Whether q and k of the llama family lie as adjacent rope pairs (llama.cpp's converter permutes them)."""
         return self.kind == "gguf"
 
+    @property
+    def value_heads_tiled(self) -> bool:
+        """Whether value heads of Qwen3.5's delta nets take turns with the key heads (llama.cpp's converter reorders
+        them), or each key head's follow one another."""
+        return self.kind == "gguf"
+
 
 def shown(text: object, limit: int = 80) -> str:
     """Text from a file made safe for a one-line message: quoted, escaped, cut."""

@@ -16,14 +16,25 @@ from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering
 from localmoe.kernels.cpu.team import Team
-from localmoe.kernels.program import CacheLayer, Floats, Program, Progress, RopeTable, cache_row
+from localmoe.kernels.program import (
+    IN_PLACE,
+    CacheLayer,
+    Floats,
+    Program,
+    Progress,
+    RopeTable,
+    StateLayer,
+    StateSlots,
+    cache_row,
+)
 
 ALIGNMENT = 64
 CHUNK_ENTRIES = 16  # of a chunk's tape in one native call: about a layer
 
 
 class CpuDevice:
-    """Owns the threads, the compiled kernels and the KV cache: per layer bytes (K, S, row), as `cache_rows.py` says."""
+    """Owns the threads, the compiled kernels, the recurrent states and the KV cache: per layer bytes (K, S, row), as
+    `cache_rows.py` says."""
 
     name = "cpu"
 
@@ -39,6 +50,7 @@ class CpuDevice:
         self.threads = threads or default_threads()
         self.team: Team | None = None
         self._caches: dict[int, tuple[Bytes, Bytes | None]] = {}
+        self._states: dict[int, Bytes] = {}
         self._tables: dict[int, tuple[RopeTable, Floats]] = {}
 
     def compile(self, program: Program) -> CpuPlan:
@@ -57,7 +69,7 @@ class CpuDevice:
     def needed_nbytes(
         cls, programs: Sequence[Program], context: int, kv_format: str, threads: int | None = None
     ) -> tuple[int, int]:
-        """(bytes of the KV cache, bytes of all else) that the Plans of `programs` take beside the weights.
+        """(bytes of the KV cache and recurrent states, bytes of all else) that the Plans take beside the weights.
 
         They are lowered over arrays that have a shape and hardly any memory: no weight is read, no kernel compiled.
         """
@@ -66,10 +78,13 @@ class CpuDevice:
         for layer in programs[0].cache:
             arrays = [np.broadcast_to(zero, shape) for shape in device._cache_shapes(layer)]
             device._caches[layer.index] = (arrays[0], arrays[1] if len(arrays) > 1 else None)
+        for state in programs[0].states:
+            device._states[state.index] = np.broadcast_to(zero, (programs[0].state_slots, state.nbytes))
         for table in (op.attributes["table"] for program in programs for op in program.ops if op.name == "rope"):
             shape = (context, table.inverse_frequencies.size, 2)
             device._tables[id(table)] = (table, np.broadcast_to(angle, shape))
         cache = sum(array.nbytes for pair in device._caches.values() for array in pair if array is not None)
+        cache += sum(array.nbytes for array in device._states.values())
         working = sum(angles.nbytes for _, angles in device._tables.values())
         for program in programs:
             lowering = UnreadLowering(device, program)
@@ -92,6 +107,12 @@ class CpuDevice:
             self._caches[layer.index] = (arrays[0], arrays[1] if len(arrays) > 1 else None)
         return self._caches[layer.index]
 
+    def state(self, layer: StateLayer, slots: int) -> Bytes:
+        """All slots of one recurrent state, (slots, bytes), as `recurrent.py` lays them out."""
+        if layer.index not in self._states:
+            self._states[layer.index] = zeros((slots, layer.nbytes), np.dtype(np.uint8))
+        return self._states[layer.index]
+
     def _cache_shapes(self, layer: CacheLayer) -> list[tuple[int, int, int]]:
         widths = [width for width in (layer.key_width, layer.value_width) if width is not None]
         return [(layer.heads, self.context, self.kv.row_nbytes(cache_row(width, self.kv))) for width in widths]
@@ -112,6 +133,7 @@ class CpuDevice:
             self._dismiss()
             self.team = None
         self._caches.clear()
+        self._states.clear()
 
     def _report(self, done: int, total: int, name: str) -> None:
         if self.progress:
@@ -121,7 +143,7 @@ class CpuDevice:
 class UnreadLowering(Lowering):
     """A Lowering for the sake of its sizes: nothing of a weight is read, and its addresses are 0."""
 
-    def floats(self, weight: Weight) -> int:
+    def floats(self, weight: Weight, *, turned: bool = False) -> int:
         self.kept.append(np.zeros(weight.elements, np.float32))
         return 0
 
@@ -148,9 +170,9 @@ class CpuPlan:
         flat = self._piece(lowering.offset(program.output), rows * program.output.shape[1], np.dtype(np.float32))
         self._output = flat.reshape(rows, -1)
 
-    def run(self, tokens: npt.NDArray[np.int32], position: int) -> Floats:
+    def run(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots = IN_PLACE) -> Floats:
         self._input[: tokens.size] = tokens
-        self._control[0], self._control[1] = tokens.size, position
+        self._control[:6] = tokens.size, position, slots.source, slots.target, slots.kept, slots.kept_tokens
         # A chunk of a large model takes many seconds: between these pieces Python hears Ctrl+C.
         entries = len(self._tape) if self._program.tokens == 1 else CHUNK_ENTRIES
         for start in range(0, len(self._tape), entries):

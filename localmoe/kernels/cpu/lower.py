@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.formats import Weight
-from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope, router
+from localmoe.kernels.cpu import activation, attention, experts, linear, norm, recurrent, rope, router
 from localmoe.kernels.cpu.arguments import Argument, At, Function
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
 
@@ -160,11 +160,12 @@ class Lowering:
         self.kept.append(array)
         return array.ctypes.data
 
-    def floats(self, weight: Weight) -> int:
-        """The address of a small weight (a norm, a bias) as float32, converted if the file holds another type."""
+    def floats(self, weight: Weight, *, turned: bool = False) -> int:
+        """The address of a small weight (a norm, a bias) as float32, converted if the file holds another type; with
+        rows and columns exchanged if `turned`."""
         from localmoe.kernels.reference import values
 
-        array = np.ascontiguousarray(values(weight), np.float32)
+        array = np.ascontiguousarray(values(weight).T if turned else values(weight), np.float32)
         self.kept.append(array)
         return array.ctypes.data
 
@@ -251,6 +252,8 @@ LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "concat": activation.lower_concat,
     "cache_append": attention.lower_cache_append,
     "attention": attention.lower_attention,
+    "causal_conv": recurrent.lower_causal_conv,
+    "delta_rule": recurrent.lower_delta_rule,
     "glu": activation.lower_glu,
     "gelu": activation.lower_each,
     "scale": activation.lower_each,

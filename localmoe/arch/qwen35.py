@@ -1,0 +1,191 @@
+"""Qwen3.5, text: Qwen3-Next's gated delta nets (Yang et al. 2024) in three layers of four, gated attention in the
+fourth, no experts; value heads that in GGUF files take turns with the key heads. Qwen Team 2026."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from localmoe.arch.rope import Rope
+from localmoe.formats import Weight
+from localmoe.kernels.ops import Cache, Ops
+from localmoe.kernels.program import RopeTable, Tensor
+from localmoe.loader.checkpoint import Checkpoint
+from localmoe.loader.metadata import Metadata
+
+MODEL_TYPES = ("qwen35",)
+
+
+@dataclass(frozen=True)
+class Config:
+    block_count: int
+    embedding_length: int
+    feed_forward_length: int
+    head_count: int
+    head_count_kv: int
+    key_length: int
+    recurrent: tuple[bool, ...]  # of each layer, whether it has a delta net
+    delta_keys: int  # heads
+    delta_values: int
+    delta_key_length: int
+    delta_value_length: int
+    conv_kernel: int
+    rms_epsilon: float
+    rope: Rope
+    vocabulary: int
+
+    @classmethod
+    def read(cls, meta: Metadata) -> Config:
+        heads, width = meta.int("attention.head_count"), meta.int("embedding_length")
+        key_length = meta.int("attention.key_length", width // heads)
+        predicted = meta.int("nextn_predict_layers", 0)  # layers for further tokens, the last ones
+        blocks, values = meta.int("block_count"), meta.int("ssm.time_step_rank")
+        interval = meta.int("full_attention_interval", 4)
+        meta.expect("attention.value_length", key_length)
+        meta.expect("attention.sliding_window", 0)
+        meta.skip("rope.dimension_sections")  # where a picture's rows and columns go; a text's positions are one
+        return cls(
+            block_count=blocks - predicted,
+            embedding_length=width,
+            feed_forward_length=meta.int("feed_forward_length"),
+            head_count=heads,
+            head_count_kv=meta.int("attention.head_count_kv", heads),
+            key_length=key_length,
+            recurrent=meta.pattern("attention.recurrent_layers", blocks, interval),
+            delta_keys=meta.int("ssm.group_count"),
+            delta_values=values,
+            delta_key_length=meta.int("ssm.state_size"),
+            delta_value_length=meta.int("ssm.inner_size") // values,
+            conv_kernel=meta.int("ssm.conv_kernel"),
+            rms_epsilon=meta.float("attention.layer_norm_rms_epsilon"),
+            rope=Rope.read(meta, key_length // 4),
+            vocabulary=meta.vocabulary,
+        )
+
+
+class Attention(NamedTuple):
+    qkv: tuple[Weight, Weight, Weight]  # q with a gate behind each head
+    q_norm: Weight
+    k_norm: Weight
+    output: Weight
+
+
+class DeltaNet(NamedTuple):
+    projections: tuple[Weight, Weight]  # qkv and z
+    gates: tuple[Weight, Weight]  # beta and alpha
+    conv: Weight
+    rate: Weight
+    bias: Weight
+    norm: Weight
+    output: Weight
+
+
+class Block(NamedTuple):
+    attn_norm: Weight
+    mixer: Attention | DeltaNet
+    ffn_norm: Weight
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+class Weights(NamedTuple):
+    embedding: Weight
+    blocks: list[Block]
+    norm: Weight
+    output: Weight
+    rope: RopeTable
+    tiled: bool  # value head h reads key head h % K, and not h // (H / K)
+
+
+def load(c: Config, get: Checkpoint) -> Weights:
+    """Every tensor by name and shape, without the layers that predict further tokens."""
+    D, F = c.embedding_length, c.feed_forward_length
+    embedding = get("token_embd", (c.vocabulary, D))
+
+    def block(i: int) -> Block:
+        at = get.scope(f"blk.{i}")
+        return Block(
+            attn_norm=at("attn_norm", (D,)),
+            mixer=delta_net(c, at) if c.recurrent[i] else attention(c, at),
+            ffn_norm=at("post_attention_norm", (D,)),
+            gate=at("ffn_gate", (F, D)),
+            up=at("ffn_up", (F, D)),
+            down=at("ffn_down", (D, F)),
+        )
+
+    return Weights(
+        embedding=embedding,
+        blocks=[block(i) for i in range(c.block_count)],
+        norm=get("output_norm", (D,)),
+        output=get.optional("output", (c.vocabulary, D)) or embedding,
+        rope=c.rope.table("halves"),
+        tiled=get.source.value_heads_tiled,
+    )
+
+
+def attention(c: Config, at: Checkpoint) -> Attention:
+    D, d = c.embedding_length, c.key_length
+    Q, K = c.head_count * d, c.head_count_kv * d
+    return Attention(
+        qkv=(at("attn_q", (2 * Q, D)), at("attn_k", (K, D)), at("attn_v", (K, D))),
+        q_norm=at("attn_q_norm", (d,)),
+        k_norm=at("attn_k_norm", (d,)),
+        output=at("attn_output", (D, Q)),
+    )
+
+
+def delta_net(c: Config, at: Checkpoint) -> DeltaNet:
+    D, H = c.embedding_length, c.delta_values
+    K, V = c.delta_keys * c.delta_key_length, H * c.delta_value_length
+    return DeltaNet(
+        projections=(at("attn_qkv", (2 * K + V, D)), at("attn_gate", (V, D))),
+        gates=(at("ssm_beta", (H, D)), at("ssm_alpha", (H, D))),
+        conv=at("ssm_conv1d", (2 * K + V, c.conv_kernel)),
+        rate=at("ssm_a", (H,), suffix=""),
+        bias=at.bias("ssm_dt", (H,)),
+        norm=at("ssm_norm", (c.delta_value_length,)),
+        output=at("ssm_out", (D, V)),
+    )
+
+
+def forward(ops: Ops, c: Config, w: Weights, tokens: Tensor, cache: Cache) -> Tensor:
+    """Token ids (T,) -> logits of the wanted rows (rows, V)."""
+    x = ops.embed(w.embedding, tokens)  # (T, D)
+    for b in w.blocks:
+        h = ops.rms_norm(x, b.attn_norm, c.rms_epsilon)
+        if isinstance(b.mixer, DeltaNet):
+            x = ops.add(x, recur(ops, c, b.mixer, h, cache, w.tiled))
+        else:
+            x = ops.add(x, attend(ops, c, b.mixer, w.rope, h, cache))
+        gate, up = ops.linears(ops.rms_norm(x, b.ffn_norm, c.rms_epsilon), (b.gate, b.up))
+        x = ops.add(x, ops.linear(ops.glu(gate, up), b.down))
+    return ops.linear(ops.rms_norm(ops.logit_rows(x), w.norm, c.rms_epsilon), w.output)  # (rows, V)
+
+
+def attend(ops: Ops, c: Config, b: Attention, rope: RopeTable, x: Tensor, cache: Cache) -> Tensor:
+    q, k, v = ops.linears(x, b.qkv)
+    q, d = q.heads(c.head_count), c.key_length  # (T, H, 2 d): a head's query, then its gate
+    k = ops.rms_norm(k.heads(c.head_count_kv), b.k_norm, c.rms_epsilon)  # (T, K, d)
+    layer = cache.append(ops.rope(k, rope), v.heads(c.head_count_kv))
+    gate, q = q.columns(d, 2 * d), ops.rms_norm(q.columns(0, d), b.q_norm, c.rms_epsilon)
+    y = ops.attention(ops.rope(q, rope), layer, scale=d**-0.5)
+    return ops.linear(ops.glu(gate, y, "sigmoid").flat(), b.output)
+
+
+def recur(ops: Ops, c: Config, b: DeltaNet, x: Tensor, cache: Cache, tiled: bool) -> Tensor:
+    K, H, d, e = c.delta_keys, c.delta_values, c.delta_key_length, c.delta_value_length
+    projected, z = ops.linears(x, b.projections)
+    q, k, v = split(projected, K * d, K * d, H * e)
+    state = cache.state(1, c.conv_kernel - 1, 2 * K * d + H * e)
+    mixed = ops.causal_conv((q.heads(K), k.heads(K), v.heads(H)), b.conv, state)  # (T, 2 K d + H e)
+    q, k, v = split(mixed, K * d, K * d, H * e)
+    beta, alpha = (gate.heads(1) for gate in ops.linears(x, b.gates, exact=True))  # (T, 1, H)
+    rule = (q.heads(K), k.heads(K), v.heads(H), beta, alpha, b.rate, b.bias)
+    y = ops.rms_norm(ops.delta_rule(*rule, cache.state(H, d, e), tiled=tiled), b.norm, c.rms_epsilon)  # (T, H, e)
+    return ops.linear(ops.glu(z, y.flat()), b.output)
+
+
+def split(x: Tensor, a: int, b: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of so many elements each of the last axis, one after the other."""
+    return x.columns(0, a), x.columns(a, a + b), x.columns(a + b, a + b + c)
