@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 
 from localmoe.errors import FileFormatError, UnsupportedError
@@ -84,7 +85,7 @@ class Checkpoint:
         if _longer_axes(weight.shape) != _longer_axes(shape) or len(weight.slabs) != pieces:
             found = f"tensor {shown(weight.name)} has shape {weight.shape}"
             raise FileFormatError(f"{self.source.path}: {found}, expected {shape}")
-        return Weight(weight.name, shape, weight.format, weight.slabs)
+        return replace(weight, shape=shape)
 
     def _missing(self, full: str, shape: tuple[int, ...]) -> FileFormatError:
         close = _quoted(get_close_matches(full, self.source.tensors, n=3, cutoff=0.8))
@@ -99,7 +100,8 @@ def stacked(name: str, matrices: list[Weight]) -> Weight:
         if (other.shape, other.format) != (first.shape, first.format):
             found = " and ".join(f"{shown(w.name)} ({w.format.name}, {w.shape})" for w in (first, other))
             raise UnsupportedError(f"{name}: experts of one layer must have one shape and format, found {found}")
-    return Weight(name, (len(matrices), *first.shape), first.format, tuple(m.slabs[0] for m in matrices))
+    scales = tuple(s for m in matrices for s in m.scales)
+    return Weight(name, (len(matrices), *first.shape), first.format, tuple(m.slabs[0] for m in matrices), scales)
 
 
 def _longer_axes(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from typing import Any
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.loader.checkpoint import stacked
-from localmoe.loader.huggingface_config import FAMILIES, config_keys, text_settings
+from localmoe.loader.huggingface_config import FAMILIES, config_keys, quantization_of, text_settings
+from localmoe.loader.quantised import Stored, joined
 from localmoe.loader.safetensors import PACKED, Entry, read_json, read_shards
 from localmoe.loader.source import LazyWeights, Source, read_small_file, shown
 
@@ -55,7 +56,8 @@ def open_folder(path: Path) -> Source:
     config = text_settings(read_json(path / "config.json", SMALL))
     architecture, keys, tied = config_keys(config, str(path / "config.json"))
     entries, nbytes = read_shards(path)
-    makers = _gguf_named(path, entries, architecture, keys[f"{architecture}.block_count"])
+    stored = joined(entries, quantization_of(config, str(path / "config.json")))
+    makers = _gguf_named(path, stored, architecture, keys[f"{architecture}.block_count"])
     rewrite = FAMILIES[config["model_type"]].rewrite
     if rewrite:
         rewrite(makers, {name.removeprefix(f"{architecture}."): value for name, value in keys.items()})
@@ -72,16 +74,16 @@ def open_folder(path: Path) -> Source:
 
 
 def _gguf_named(
-    path: Path, entries: Mapping[str, Entry], architecture: str, layers: int
+    path: Path, entries: Mapping[str, Stored], architecture: str, layers: int
 ) -> dict[str, Callable[[], Weight]]:
     """Makers of tensors by GGUF name. Names without a place keep their own, for the checkpoint to refuse."""
     rename = _renaming(architecture, layers)
     makers: dict[str, Callable[[], Weight]] = {}
-    experts: dict[str, dict[int, Entry]] = {}
+    experts: dict[str, dict[int, Stored]] = {}
     for name, entry in entries.items():
         if IMPLIED.fullmatch(name):
             continue
-        if not (name.endswith(("_blocks", "_scales")) and entry.dtype in PACKED):
+        if isinstance(entry, Entry) and not (name.endswith(("_blocks", "_scales")) and entry.dtype in PACKED):
             entry.require_readable()
         single = EXPERT.fullmatch(name)
         if single:
@@ -102,13 +104,13 @@ def _gguf_named(
     return makers
 
 
-def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Entry, maker: Callable[[], Weight]) -> None:
+def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Stored, maker: Callable[[], Weight]) -> None:
     if name in makers:
         raise FileFormatError(f"{entry.path}: tensor {shown(entry.name)} is a second {shown(name)}")
     makers[name] = maker
 
 
-def _stack(name: str, entries: list[Entry]) -> Weight:
+def _stack(name: str, entries: list[Stored]) -> Weight:
     return stacked(name, [entry.weight(entry.name) for entry in entries])
 
 

@@ -23,6 +23,7 @@ from localmoe.loader.config_steps import (
     rope,
     softmax_experts,
 )
+from localmoe.loader.quantization import Quantization, read_quantization
 from localmoe.loader.source import shown
 
 # Values without any bearing on the forward pass of these families: bookkeeping, training, and how to generate.
@@ -75,6 +76,14 @@ def text_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**text, **{name: values[name] for name in outer if text.get(name) is None and name in values}}
 
 
+def quantization_of(values: Mapping[str, Any], origin: str) -> Quantization | None:
+    """How matrices are quantised; None where they are not, or in a way that the family itself sees to."""
+    found = values.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    own = FAMILIES[values["model_type"]].quantizations
+    return None if found is None or (isinstance(method, str) and method in own) else read_quantization(found, origin)
+
+
 def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, Any], bool | None]:
     """The GGUF architecture, its keys with prefix, and what tie_word_embeddings says (None where it says nothing).
 
@@ -85,12 +94,8 @@ def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, 
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise UnsupportedError(f"{origin}: model_type is {shown(kind)}; possible are {', '.join(FAMILIES)}")
-    quantization = settings.take("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and method not in family.quantizations:
-        raise UnsupportedError(
-            f"{origin}: weights quantised by {shown(method)}; possible are F32, F16 and BF16, or a GGUF file"
-        )
+    settings.take("quantization_config")
+    quantization_of(values, origin)
     keys: Keys = {name: settings.whole(key) for name, key in family.numbers.items()}
     if "expert_used_count" in keys:
         keys["expert_count"] = settings.whole(*EXPERT_COUNT)

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import FORMATS, Format, Weight
+from localmoe.formats import F8_E4M3, FORMATS, Format, Weight
 from localmoe.loader.source import map_file, read_small_file, shown
 
 HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
 MATRIX_LIMIT = 1 << 16
 READABLE = ("F32", "F16", "BF16")
 PACKED = {"U8": "I8"}  # bytes that only some families can make sense of
+# Bytes of an element, where the file must have as many as the shape says; 8-bit floats and whole numbers: quantised.py.
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4, "I64": 8}
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -42,10 +44,10 @@ class Entry:
 
     @property
     def format(self) -> Format:
-        return FORMATS[PACKED.get(self.dtype, self.dtype)]
+        return F8_E4M3 if self.dtype == "F8_E4M3" else FORMATS[PACKED.get(self.dtype, self.dtype)]
 
     def require_readable(self) -> None:
-        """Raises: UnsupportedError for a dtype without a format here (float8, integers)."""
+        """Raises: UnsupportedError for a dtype without a format here (integers, and float8 without its scales)."""
         if self.dtype not in READABLE:
             dtype = f"tensor {shown(self.name)} has dtype {shown(self.dtype)}"
             raise UnsupportedError(f"{self.path}: {dtype}; possible are {', '.join(READABLE)}")
@@ -95,8 +97,8 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
     # Packed experts have axes for their rows and blocks: the first one alone counts matrices.
     if prod(shape[:1] if dtype in PACKED and len(shape) > 2 else shape[:-2]) > MATRIX_LIMIT:
         raise error(f"has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
-    if dtype in (*READABLE, *PACKED) and prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes != stop - start:
-        expected = f"{prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes} bytes for {dtype} {tuple(shape)}"
+    if dtype in SIZES and prod(shape) * SIZES[dtype] != stop - start:
+        expected = f"{prod(shape) * SIZES[dtype]} bytes for {dtype} {tuple(shape)}"
         raise error(f"has {stop - start} bytes, expected {expected}")
     return Entry(name, dtype, tuple(shape), start, stop, path, data)
 
