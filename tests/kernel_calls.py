@@ -61,7 +61,7 @@ def random_rows(name: str, rows: int, columns: int, rng: np.random.Generator) ->
     if name == "MXFP4":
         blocks[:, 0] = rng.integers(115, 125, len(blocks))
     if name == "Q8_K":
-        blocks[:, :4] = rng.uniform(0.005, 0.01, (len(blocks), 1)).astype(np.float32).view(np.uint8)
+        blocks[:, :4] = rng.uniform(0.0005, 0.001, (len(blocks), 1)).astype(np.float32).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 

@@ -51,7 +51,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         at = f"model.layers.{i}"
         found |= {f"{at}.input_layernorm.weight": (D,), f"{at}.post_attention_layernorm.weight": (D,)}
         H = c["num_attention_heads"]
-        if c["model_type"] == "llama":
+        if "kv_lora_rank" not in c:
             d, K = c["head_dim"], c["num_key_value_heads"]
             found |= {f"{at}.self_attn.{n}_proj.weight": (h * d, D) for n, h in (("q", H), ("k", K), ("v", K))}
             found[f"{at}.self_attn.o_proj.weight"] = (D, H * d)

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("formats", "memory", "settings", "pretokenizers"),
     ("loader", "kernels"),
-    ("sampling", "sandbox", "vocabulary"),
+    ("sampling", "sandbox", "tekken", "vocabulary"),
     ("arch", "tokenizer", "template"),
     ("model",),
     ("engine",),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
@@ -54,10 +54,26 @@ def open_folder(path: Path) -> Source:
     Raises: FileFormatError (broken, a shard or tensor missing), UnsupportedError (model_type, dtype or config value).
     """
     config = text_settings(read_json(path / "config.json", SMALL))
-    architecture, keys, tied = config_keys(config, str(path / "config.json"))
-    entries, nbytes = read_shards(path)
-    stored = joined(entries, quantization_of(config, str(path / "config.json")))
-    makers = _gguf_named(path, stored, architecture, keys[f"{architecture}.block_count"])
+    origin = str(path / "config.json")
+    config_keys(config, origin)  # before hundreds of files are opened
+    return folder_source(path, "folder", config, origin, *read_shards(path))
+
+
+def folder_source(
+    path: Path,
+    kind: Literal["folder", "mistral"],
+    config: Mapping[str, Any],
+    origin: str,
+    entries: Mapping[str, Entry],
+    nbytes: int,
+    more: Mapping[str, Any] | None = None,
+) -> Source:
+    """The Source of a folder whose settings and tensors go by Hugging Face's names; `more` are GGUF keys that count."""
+    architecture, keys, tied = config_keys(config, origin)
+    keys |= {f"{architecture}.{name}": value for name, value in (more or {}).items()}
+    makers = _gguf_named(
+        path, joined(entries, quantization_of(config, origin)), architecture, keys[f"{architecture}.block_count"]
+    )
     rewrite = FAMILIES[config["model_type"]].rewrite
     if rewrite:
         rewrite(makers, {name.removeprefix(f"{architecture}."): value for name, value in keys.items()})
@@ -70,7 +86,7 @@ def open_folder(path: Path) -> Source:
     metadata: dict[str, Any] = {"general.architecture": architecture, "general.name": path.resolve().name, **keys}
     metadata.update(_sampling(path / "generation_config.json"))
     metadata.update(_chat_templates(path))
-    return Source(path, "folder", metadata, LazyWeights(makers), nbytes, tokenizer_folder=path)
+    return Source(path, kind, metadata, LazyWeights(makers), nbytes, tokenizer_folder=path)
 
 
 def _gguf_named(

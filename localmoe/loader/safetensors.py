@@ -27,7 +27,6 @@ READABLE = ("F32", "F16", "BF16")
 PACKED = {"U8": "I8"}  # bytes that only some families can make sense of
 # Bytes of an element, where the file must have as many as the shape says; 8-bit floats and whole numbers: quantised.py.
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4, "I64": 8}
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +102,11 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
     return Entry(name, dtype, tuple(shape), start, stop, path, data)
 
 
-def read_shards(folder: Path) -> tuple[dict[str, Entry], int]:
+def read_shards(folder: Path, stem: str = "model") -> tuple[dict[str, Entry], int]:
     """All tensors of a folder, single file or sharded by its index, and the bytes of the files."""
-    wanted = _weight_map(folder / INDEX_NAME) if os.path.exists(folder / INDEX_NAME) else {}
-    files = sorted(set(wanted.values())) or [_only_file(folder)]
+    index = f"{stem}.safetensors.index.json"
+    wanted = _weight_map(folder / index) if os.path.exists(folder / index) else {}
+    files = sorted(set(wanted.values())) or [_only_file(folder, stem)]
     missing = [name for name in files if not os.path.exists(folder / name)]
     if missing:
         raise FileFormatError(f"{folder / missing[0]}: no such file: {len(missing)} of {len(files)} shards are missing")
@@ -118,17 +118,19 @@ def read_shards(folder: Path) -> tuple[dict[str, Entry], int]:
             entries[name] = entry
     for name, file in wanted.items():
         if name not in entries or entries[name].path.name != file:
-            raise FileFormatError(f"{folder / file}: tensor {shown(name)} is not in it, though {INDEX_NAME} says so")
+            raise FileFormatError(f"{folder / file}: tensor {shown(name)} is not in it, though {index} says so")
     return entries, sum({entry.path: len(entry.data) for entry in entries.values()}.values())
 
 
-def _only_file(folder: Path) -> str:
+def _only_file(folder: Path, stem: str) -> str:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if SINGLE_NAME in files:
-        return SINGLE_NAME
+    if f"{stem}.safetensors" in files:
+        return f"{stem}.safetensors"
     if len(files) != 1:
         found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
-        raise FileFormatError(f"{folder}: {found}, expected {SINGLE_NAME}, or shards with {INDEX_NAME}")
+        raise FileFormatError(
+            f"{folder}: {found}, expected {stem}.safetensors, or shards with {stem}.safetensors.index.json"
+        )
     return files[0]
 
 

@@ -41,7 +41,7 @@ class Source:
     """An opened model; `nbytes` counts the weight files, `tokenizer_folder` is None where metadata has the tokens."""
 
     path: Path
-    kind: Literal["gguf", "folder"]
+    kind: Literal["gguf", "folder", "mistral"]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Weight]
     nbytes: int
@@ -49,8 +49,9 @@ class Source:
 
     @property
     def rope_permuted(self) -> bool:
-        """Whether q and k of the llama family lie as adjacent rope pairs (llama.cpp's converter permutes them)."""
-        return self.kind == "gguf"
+        """Whether q and k of the llama family lie as adjacent rope pairs: as Meta and Mistral train them, and as
+        llama.cpp's converter puts them back; Hugging Face's converter permutes them."""
+        return self.kind != "folder"
 
 
 def shown(text: object, limit: int = 80) -> str:
