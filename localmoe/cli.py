@@ -305,6 +305,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
         screen.notice(f"(sampling as the model recommends: {', '.join(followed)})")
     if model.context > model.trained_context:
         screen.notice(f"(the model was trained on {model.trained_context} tokens: beyond them its answers get worse)")
+    if model.left_out:
+        screen.notice(f"(text alone: left out are {model.left_out})")
     for entry in not_followed(model.metadata):
         screen.notice(f"(the model recommends {entry}, which is not implemented)")
     screen.line()

@@ -101,8 +101,8 @@ def _model(network: Network) -> list[tuple[str, str]]:
         ("trained context", f"{network.trained_context:,}"),
         ("size", readable_size(source.nbytes)),
     ]
-    licence = source.metadata.get("general.license")
-    return rows + ([("licence", str(licence))] if licence else [])
+    more = {"licence": source.metadata.get("general.license"), "left out": network.left_out}
+    return rows + [(what, str(value)) for what, value in more.items() if value]
 
 
 def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:

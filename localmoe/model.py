@@ -15,7 +15,7 @@ from localmoe.errors import DeviceError, FileFormatError, SettingError
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Floats, Program, Progress, Tensor
-from localmoe.loader.checkpoint import Checkpoint
+from localmoe.loader.checkpoint import Checkpoint, summary
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
 from localmoe.loader.source import Source
@@ -50,7 +50,7 @@ class Network:
             raise FileFormatError(f"{source.path}: the model's sizes do not fit together: {error}") from error
         self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
         self.metadata.finish()
-        checkpoint.finish()
+        self.left_out = summary(checkpoint.finish())
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
         """Trace the family's forward pass for steps of up to `tokens` tokens."""
@@ -116,6 +116,11 @@ class Model:
     def trained_context(self) -> int:
         """Tokens of the longest text that the model was trained on."""
         return self.network.trained_context
+
+    @property
+    def left_out(self) -> str:
+        """Which parts of the file are not run, in words; empty where there are none."""
+        return self.network.left_out
 
     @property
     def threads(self) -> int:

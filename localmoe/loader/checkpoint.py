@@ -93,6 +93,14 @@ class Checkpoint:
         return FileFormatError(f"{self.source.path}: tensor {shown(full)} of shape {shape} is missing{hint}")
 
 
+def summary(skipped: list[str]) -> str:
+    """What `Checkpoint.finish` names, in a few words; empty where nothing was left out."""
+    towers = sum(SKIPPABLE.fullmatch(name) is not None and not name.startswith("blk.") for name in skipped)
+    predictors = sum(not SKIPPABLE.fullmatch(name) for name in skipped)
+    found = {"of vision or audio parts": towers, "of multi-token prediction": predictors}
+    return ", ".join(f"{count} tensor{'s' * (count > 1)} {of}" for of, count in found.items() if count)
+
+
 def stacked(name: str, matrices: list[Weight]) -> Weight:
     """Matrices of one shape and format as one weight with a slab each; nothing is copied."""
     first = matrices[0]

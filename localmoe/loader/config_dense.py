@@ -17,6 +17,7 @@ from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import BF16, F16, F32, Weight
 from localmoe.loader.config_json import Family, Keys, Makers, Settings
 from localmoe.loader.config_steps import (
+    BASES,
     COMMON,
     granite_scales,
     head_sizes,
@@ -72,14 +73,24 @@ def gemma2(settings: Settings, keys: Keys, architecture: str) -> None:
 
 
 def gemma3(settings: Settings, keys: Keys, architecture: str) -> None:
-    """Rope by the kind of layer; before transformers 5, rope_scaling was of the layers without window alone."""
     gemma(settings, keys, architecture)
     windowed_layers(settings, keys, 6)
+    layered_rope(settings, keys, architecture, settings.number("rope_local_base_freq", default=1e4))
+
+
+def olmo3(settings: Settings, keys: Keys, architecture: str) -> None:
+    """OLMo 2 with windows, whose layers have another rope."""
+    heads(settings, keys, architecture)
+    windowed_layers(settings, keys, 4)
+    layered_rope(settings, keys, architecture, settings.number("rope_theta", default=BASES["olmo3"]))
+
+
+def layered_rope(settings: Settings, keys: Keys, architecture: str, local_base: float) -> None:
+    """Rope by the kind of layer; before transformers 5, rope_scaling was of the layers without window alone."""
     found = Settings(_object(settings, "rope_parameters"), f"{settings.origin}: rope_parameters")
     local = Settings(_object(found, "sliding_attention"), f"{found.origin}: sliding_attention")
     local.expect("rope_type", "default")
-    base = settings.number("rope_local_base_freq", default=1e4)
-    keys["rope.freq_base_swa"] = local.number("rope_theta", default=base)
+    keys["rope.freq_base_swa"] = local.number("rope_theta", default=local_base)
     whole = {**_object(found, "full_attention"), **_object(settings, "rope_scaling")}
     values = {"model_type": settings.take("model_type"), "rope_theta": settings.take("rope_theta")}
     rope(Settings({**values, "rope_parameters": whole}, settings.origin), keys, architecture)
@@ -248,6 +259,7 @@ DENSE: dict[str, Family] = {
     "gemma3_text": Family("gemma3", COMMON, (gemma3,), TANH, rewrite=raised_norms),
     "phi3": Family("phi3", COMMON, (phi3,), rewrite=factor_tensors),
     "olmo2": Family("olmo2", COMMON, (heads, rope)),
+    "olmo3": Family("olmo2", COMMON, (olmo3,)),
     "granite": Family("granite", COMMON, (heads, granite_scales, rope)),
     "glm4": Family("glm4", COMMON, (glm4,)),
     "smollm3": Family("smollm3", COMMON, (smollm3,)),

@@ -49,7 +49,15 @@ DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # model_type of files that keep a text model's settings in text_config.
-WRAPPERS = ("llama4", "mistral3")
+WRAPPERS = ("llama4", "mistral3", "gemma3")
+# Gemma 3's published text_config says only what differs from these (transformers' configuration_gemma3.py).
+UNSAID: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    },
+    "mistral": {"model_type": "mistral"},
+}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", COMMON, (heads, rope)),
@@ -72,8 +80,12 @@ def text_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
     text = values.get("text_config")
     if values.get("model_type") not in WRAPPERS or not isinstance(text, dict):
         return values
-    outer = ("quantization_config", "tie_word_embeddings")
-    return {**text, **{name: values[name] for name in outer if text.get(name) is None and name in values}}
+    kind = text.get("model_type", "mistral" if values["model_type"] == "mistral3" else None)
+    found = {**UNSAID.get(str(kind), {}), **text}
+    if found.get("quantization_config") is None and "quantization_config" in values:
+        found["quantization_config"] = values["quantization_config"]
+    tied = {values.get("tie_word_embeddings"), text.get("tie_word_embeddings")} - {None}
+    return found | {"tie_word_embeddings": tied.pop() if len(tied) == 1 else None}  # else the tensors say it
 
 
 def quantization_of(values: Mapping[str, Any], origin: str) -> Quantization | None:
