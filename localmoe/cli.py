@@ -173,7 +173,10 @@ def run(
 
 @app.command(name="inspect")
 def inspect_model(
-    model: ModelArgument,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Settings will do.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan from a config.json (or Mistral's params.json) alone.")
+    ] = None,
     program: Annotated[bool, typer.Option("--program", help="List the operations of one step.")] = False,
     context: Context = None,
     kv: KeyValueFormat = "f16",
@@ -183,9 +186,12 @@ def inspect_model(
     from localmoe import inspection
     from localmoe.repl.render import Screen
 
+    path = config or model
+    if path is None or (config and model):
+        raise SettingError("inspect needs one of MODEL and --config FILE")
     screen = Screen()
-    sections = inspection.report(model, context=context, kv_format=kv)
-    header, rows = inspection.program_table(model) if program else ([], [])
+    sections = inspection.report(path, context=context, kv_format=kv)
+    header, rows = inspection.program_table(path) if program else ([], [])
     if as_json:
         found: dict[str, Any] = {title: dict(entries) for title, entries in sections}
         if program:

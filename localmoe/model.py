@@ -12,6 +12,7 @@ import numpy as np
 
 from localmoe.arch.table import family
 from localmoe.errors import DeviceError, FileFormatError, SettingError
+from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Floats, Program, Progress, Tensor
@@ -51,6 +52,7 @@ class Network:
         self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
         self.metadata.finish()
         self.left_out = summary(checkpoint.finish())
+        self.tensors: Mapping[str, Weight] = checkpoint.given
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
         """Trace the family's forward pass for steps of up to `tokens` tokens."""

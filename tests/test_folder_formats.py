@@ -140,7 +140,12 @@ def float8(tile: tuple[int, int] | None, name: str, dtype: str, shape_of: Callab
         scales = (random.uniform(0.3, 1, grid) / shape[1] ** 0.5 / 16).astype(np.float32)
         if dtype == "BF16":
             scales = (scales.view(np.uint32) & 0xFFFF0000).view(np.float32)
-        exact = VALUES[stored] * np.kron(scales.astype(np.float64), np.ones((height, width)))[: shape[0], : shape[1]]
+        exact = (
+            VALUES[stored]
+            * np.kron(scales.astype(np.float64), np.ones((min(height, shape[0]), min(width, shape[1]))))[
+                : shape[0], : shape[1]
+            ]
+        )
         beside = scales if tile and width == 128 else scales.reshape(shape_of(shape[0]))
         return {"weight": ("F8_E4M3", stored), name: (dtype, beside)}, exact.astype(np.float32)
 

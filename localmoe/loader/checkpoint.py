@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import Weight
-from localmoe.loader.source import Source, listed, shown
+from localmoe.loader.source import PlannedTensors, Source, listed, shown
 
 # Tensors that a family need not ask for: vision and audio towers, projectors, rope tables of the first converters.
 SKIPPABLE = re.compile(r"(v|mm|a)\..*|blk\.\d+\.attn_rot_embd\.weight")
@@ -21,15 +21,17 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source, self.prefix = source, ""
-        self._asked: set[str] = set()
+        self.given: dict[str, Weight] = {}  # every tensor that was asked for, by its full name
 
     def __call__(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight:
         """Shapes are numpy's, (rows, columns); axes of length one count for nothing, as GGUF drops some of them."""
-        full = f"{self.prefix}{name}.{suffix}"
-        self._asked.add(full)
-        if full not in self.source.tensors:
-            raise self._missing(full, shape)
-        return self._shaped(self.source.tensors[full], shape)
+        full, tensors = f"{self.prefix}{name}.{suffix}", self.source.tensors
+        try:
+            found = tensors.wanted(full, shape) if isinstance(tensors, PlannedTensors) else tensors[full]
+        except KeyError:
+            raise self._missing(full, shape) from None
+        self.given[full] = self._shaped(found, shape)
+        return self.given[full]
 
     def optional(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight | None:
         """The tensor, or None where the file has none; a wrong shape is still refused."""
@@ -44,7 +46,7 @@ class Checkpoint:
     def scope(self, prefix: str) -> Checkpoint:
         """The same checkpoint, names counted from `prefix`: `get.scope("blk.0")("attn_q", shape)`."""
         inner = Checkpoint(self.source)
-        inner.prefix, inner._asked = f"{self.prefix}{prefix}.", self._asked
+        inner.prefix, inner.given = f"{self.prefix}{prefix}.", self.given
         return inner
 
     def experts(self, name: str, shape: tuple[int, int, int]) -> Weight:
@@ -69,7 +71,7 @@ class Checkpoint:
 
         Skipped are multi-token-prediction layers (any block that holds "nextn" tensors) and vision or audio towers.
         """
-        left = [name for name in self.source.tensors if name not in self._asked]
+        left = [name for name in self.source.tensors if name not in self.given]
         predictors = tuple({match[1] for name in left if (match := PREDICTOR.fullmatch(name))})
         skipped = [name for name in left if SKIPPABLE.fullmatch(name) or name.startswith(predictors)]
         unknown = sorted(set(left).difference(skipped))

@@ -47,6 +47,7 @@ def windowed_layers(settings: Settings, keys: Keys, period: int) -> None:
     if every < 1:
         raise settings.wrong("sliding_window_pattern", every, "at least 1")
     default = [(i + 1) % every > 0 for i in range(keys["block_count"])]
+    settings.expect("sliding_window_size", width)  # said again
     keys["attention.sliding_window"] = width
     keys["attention.sliding_window_pattern"] = layer_pattern(settings, keys, "sliding_attention", default)
 
@@ -193,6 +194,7 @@ def starcoder2(settings: Settings, keys: Keys, architecture: str) -> None:
     settings.expect("scale_attention_softmax_in_fp32", True)
     settings.take("use_bias", "residual_dropout", "embedding_dropout")
     settings.take("attention_softmax_in_fp32", "scale_attn_weights")
+    settings.take("activation_function", "layer_norm_epsilon")  # transformers goes by hidden_act and norm_epsilon
     rope(settings, keys, architecture)
 
 
@@ -206,7 +208,7 @@ def gpt2(settings: Settings, keys: Keys, architecture: str) -> None:
     settings.expect("scale_attn_weights", True)
     settings.take("n_ctx", "attn_pdrop", "task_specific_params", "reorder_and_upcast_attn")
     settings.take("summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout")
-    settings.take("summary_proj_to_labels")
+    settings.take("summary_proj_to_labels", "predict_special_tokens")
 
 
 def raised_norms(makers: Makers, keys: Keys) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +118,22 @@ def _gguf_named(
         ordered = [found[number] for number in range(len(found))]
         _add(makers, name, ordered[0], partial(_stack, name, ordered))
     return makers
+
+
+def gguf_names(names: Iterable[str], architecture: str, layers: int) -> frozenset[str]:
+    """The GGUF names that a folder's tensors get, experts stacked and fused ones taken apart."""
+    rename, found = _renaming(architecture, layers), set()
+    for name in names:
+        single = EXPERT.fullmatch(name)
+        plain = f"{single['head']}.{single['tail']}.{single['suffix']}" if single else name
+        if IMPLIED.fullmatch(name):
+            continue
+        renamed = rename(plain)
+        head, _, last = renamed.rpartition(".")
+        renamed = f"{head}.weight" if last in ("blocks", "scales") else renamed
+        renamed = f"{renamed}.weight" if renamed.endswith("attn_sinks") else renamed
+        found.update({renamed.replace("gate_up", half) for half in ("gate", "up")})
+    return frozenset(found)
 
 
 def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Stored, maker: Callable[[], Weight]) -> None:

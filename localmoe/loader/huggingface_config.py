@@ -23,6 +23,7 @@ from localmoe.loader.config_steps import (
     rope,
     softmax_experts,
 )
+from localmoe.loader.metadata import LAYER_LIMIT
 from localmoe.loader.quantization import Quantization, read_quantization
 from localmoe.loader.source import shown
 
@@ -32,7 +33,8 @@ HARMLESS = frozenset(
         "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "attention_dropout",
         "attn_implementation", "auto_map", "aux_loss_alpha", "bos_token_id", "decoder_start_token_id", "do_sample",
         "dtype", "embd_pdrop", "eos_token_id", "ep_size", "hidden_dropout", "id2label", "initializer_range",
-        "label2id", "length_penalty", "max_length", "max_window_layers", "model_type", "num_beam_groups", "num_beams",
+        "is_llama_config", "label2id", "length_penalty", "max_length", "max_window_layers", "model_type",
+        "num_beam_groups", "num_beams",
         "num_mtp_layers", "num_nextn_predict_layers", "num_return_sequences", "output_router_logits", "pad_token_id",
         "pretraining_tp", "qk_head_dim", "repetition_penalty", "resid_pdrop", "return_dict", "router_aux_loss_coef",
         "router_jitter_noise", "seq_aux", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
@@ -109,6 +111,8 @@ def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, 
     settings.take("quantization_config")
     quantization_of(values, origin)
     keys: Keys = {name: settings.whole(key) for name, key in family.numbers.items()}
+    if keys["block_count"] > LAYER_LIMIT:
+        raise settings.wrong(family.numbers["block_count"], keys["block_count"], f"at most {LAYER_LIMIT}")
     if "expert_used_count" in keys:
         keys["expert_count"] = settings.whole(*EXPERT_COUNT)
     keys[family.epsilon[0]] = settings.number(family.epsilon[1])

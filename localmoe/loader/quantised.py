@@ -7,7 +7,7 @@ numbers lie transposed or in an order that no kernel reads: they become GGML's b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -74,6 +74,17 @@ def joined(entries: Mapping[str, Entry], quantization: Quantization | None) -> d
     if twice := found.keys() & left.keys():
         raise FileFormatError(f"tensor {shown(min(twice))} is there twice: quantised, and as it is")
     return found | left
+
+
+def quantised_names(names: Iterable[str], quantization: Quantization | None) -> list[str]:
+    """The names that `joined` makes of an index's, which says no dtype: parts of a matrix become "weight"."""
+    if not quantization:
+        return list(names)
+    parts = {*SCALES, "qweight", "qzeros", "scales", "g_idx"} | {
+        f"weight_{p}" for p in ("packed", "shape", "zero_point")
+    }
+    heads = [name.rpartition(".") for name in names if not ROUNDINGS.fullmatch(name)]
+    return list(dict.fromkeys(f"{head}.weight" if last in parts else f"{head}.{last}" for head, _, last in heads))
 
 
 def _part(left: dict[str, Entry], name: str, owner: str) -> Entry:

@@ -15,6 +15,7 @@ from localmoe.loader.source import shown
 
 Form = Literal["float8", "packed", "gptq", "awq"]
 WHOLE_ROW = -1
+A_ROW = (1, (1 << 31) - 1)  # the tile of one scale a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def _fbgemm(settings: Settings) -> Quantization:
     """Meta's: one scale a row."""
     settings.take("activation_scale_ub", "modules_to_not_convert")
     settings.finish()
-    return Quantization("float8")
+    return Quantization("float8", A_ROW)
 
 
 def _compressed(settings: Settings) -> Quantization:
@@ -96,7 +97,8 @@ def _group(settings: Settings, name: str, group: Any, packed: bool) -> Quantizat
         found = Quantization("packed", group=_group_size(inner, size), symmetric=symmetric)
     else:
         inner.expect("symmetric", True)
-        found = Quantization("float8", tile or ((1, _group_size(inner, size)) if strategy == "group" else None))
+        tile = {"channel": A_ROW, "group": (1, _group_size(inner, size))}.get(str(strategy), tile)
+        found = Quantization("float8", tile)
     inner.finish()
     return found
 

@@ -105,7 +105,7 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
 def read_shards(folder: Path, stem: str = "model") -> tuple[dict[str, Entry], int]:
     """All tensors of a folder, single file or sharded by its index, and the bytes of the files."""
     index = f"{stem}.safetensors.index.json"
-    wanted = _weight_map(folder / index) if os.path.exists(folder / index) else {}
+    wanted = weight_map(folder / index) if os.path.exists(folder / index) else {}
     files = sorted(set(wanted.values())) or [_only_file(folder, stem)]
     missing = [name for name in files if not os.path.exists(folder / name)]
     if missing:
@@ -134,7 +134,7 @@ def _only_file(folder: Path, stem: str) -> str:
     return files[0]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor names and the files that hold them; a file name that leaves the folder is refused."""
     found = read_json(index, HEADER_LIMIT).get("weight_map")
     if not isinstance(found, dict) or not found:
