@@ -147,6 +147,32 @@ def test_a_dense_folder_is_the_same_model_as_hugging_faces_with_its_rope_pairs_p
     assert relative_error(logits(ours, IDS, "cpu"), logits(theirs, IDS)) <= 1e-5
 
 
+def test_mixtrals_own_names_are_the_same_model_as_hugging_faces(tmp_path: Path) -> None:
+    config = LLAMA | {
+        "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1,
+        "num_key_value_heads": 4, "rope_theta": 1e6,
+    }  # fmt: skip
+    r = np.random.default_rng(9)
+    there = {n: a for n, a in floats(config).items() if ".mlp." not in n}
+    own = {native(n): a for n, a in there.items()}
+    for part in ("q", "k"):
+        own[f"layers.0.attention.w{part}.weight"] = interleaved(
+            there[f"model.layers.0.self_attn.{part}_proj.weight"], 4
+        )
+    experts = {f"experts.{e}.w{w}": (224, 160) if w != 2 else (160, 224) for e in range(3) for w in (1, 2, 3)}
+    for name, shape in {**experts, "gate": (3, 160)}.items():
+        weight = r.standard_normal(shape).astype(np.float32) / 13
+        there[f"model.layers.0.block_sparse_moe.{name}.weight"] = weight
+        own[f"layers.0.feed_forward.{name}.weight"] = weight
+    params = {
+        "dim": 160, "n_layers": 1, "head_dim": 32, "hidden_dim": 224, "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5,
+        "vocab_size": 70, "rope_theta": 1e6, "moe": {"num_experts": 3, "num_experts_per_tok": 2},
+    }  # fmt: skip
+    right = logits(Network(open_folder(write(tmp_path / "hf", {n: plain(a) for n, a in there.items()}, config))), IDS)
+    ours = Network(open_source(write_native(tmp_path / "own", {n: plain(a) for n, a in own.items()}, params)))
+    assert relative_error(logits(ours, IDS), right) <= 5e-6
+
+
 def test_a_folder_that_has_both_forms_is_read_in_hugging_faces(tmp_path: Path) -> None:
     config = LLAMA | {"model_type": "mistral", "sliding_window": None}
     tensors = {n: plain(a) for n, a in floats(config).items()}

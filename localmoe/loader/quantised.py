@@ -80,11 +80,9 @@ def quantised_names(names: Iterable[str], quantization: Quantization | None) -> 
     """The names that `joined` makes of an index's, which says no dtype: parts of a matrix become "weight"."""
     if not quantization:
         return list(names)
-    parts = {*SCALES, "qweight", "qzeros", "scales", "g_idx"} | {
-        f"weight_{p}" for p in ("packed", "shape", "zero_point")
-    }
-    heads = [name.rpartition(".") for name in names if not ROUNDINGS.fullmatch(name)]
-    return list(dict.fromkeys(f"{head}.weight" if last in parts else f"{head}.{last}" for head, _, last in heads))
+    parts = (*SCALES, "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_shape", "weight_zero_point")
+    heads = [(name, *name.rpartition(".")) for name in names if not ROUNDINGS.fullmatch(name)]
+    return list(dict.fromkeys(f"{head}.weight" if last in parts else name for name, head, _, last in heads))
 
 
 def _part(left: dict[str, Entry], name: str, owner: str) -> Entry:
@@ -138,7 +136,7 @@ def _from_words(qweight: Entry, qzeros: Entry, scales: Entry, order: Entry | Non
             x.reshape(len(x), -1, 8)[..., np.argsort(AWQ_ORDER)].reshape(x.shape) for x in (numbers, zeros)
         )
     columns, rows = numbers.shape
-    group = columns if how.group == WHOLE_ROW else how.group
+    group = columns if how.group == WHOLE_ROW else min(how.group, columns)
     _check_grid(scales, grid, (-(-columns // group), rows))
     _check_grid(qzeros, zeros.shape, grid)
     if order is not None and not np.array_equal(array(order, "I32"), np.arange(columns) // group):
@@ -165,7 +163,7 @@ def _from_packed(packed: Entry, scales: Entry, shape: Entry, zeros: Entry | None
     if sizes != [rows, columns]:
         found = f"{shape.path}: tensor {shown(shape.name)} says {sizes}"
         raise FileFormatError(f"{found}, but {shown(packed.name)} holds {[rows, columns]}")
-    group = columns if how.group == WHOLE_ROW else how.group
+    group = columns if how.group == WHOLE_ROW else min(how.group, columns)
     _check_grid(scales, step.shape, (rows, -(-columns // group)))
     stored = np.full(step.shape, 8, np.uint8) if zeros is None else _nibbles(zeros, axis=0)[:rows]
     if zeros is not None:
