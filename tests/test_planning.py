@@ -215,3 +215,27 @@ def test_every_shape_and_dtype_of_r1s_files_is_what_the_family_asks_for(
     real = listing(network)
     assert plan.keys() == real.keys()
     assert {n: w for n, w in real.items() if w != plan[n]} == {}
+
+
+def test_an_index_of_fused_experts_sinks_and_mxfp4_names_what_the_family_asks_for(
+    conformance: Path, tmp_path: Path
+) -> None:
+    """gpt-oss: gate and up in one tensor, blocks and scales apart, sinks without a suffix."""
+    config = json.loads((conformance / "configs" / "transformers-defaults" / "GptOssConfig.json").read_text())
+    config |= {
+        "num_hidden_layers": 1,
+        "layer_types": ["sliding_attention"],
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    at = "model.layers.0"
+    names = [f"{at}.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm", "mlp.router")]
+    names += [f"{at}.self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")]
+    names += [f"{at}.mlp.experts.{p}_proj_{kind}" for p in ("gate_up", "down") for kind in ("blocks", "scales", "bias")]
+    names += [f"{at}.self_attn.sinks", f"{at}.mlp.router.bias", "model.embed_tokens.weight", "model.norm.weight"]
+    index = {"weight_map": dict.fromkeys([*names, "lm_head.weight"], "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = planned(tmp_path)
+    assert found.tensors["blk.0.ffn_up_exps.weight"].format.name == "MXFP4"
+    assert found.tensors["blk.0.attn_q.weight"].format.name == "BF16"
+    assert found.left_out == ""
