@@ -176,7 +176,10 @@ def run(
 
 @app.command(name="inspect")
 def inspect_model(
-    model: ModelArgument,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Settings will do.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan from a config.json (or Mistral's params.json) alone.")
+    ] = None,
     program: Annotated[bool, typer.Option("--program", help="List the operations of one step.")] = False,
     context: Context = None,
     kv: KeyValueFormat = "f16",
@@ -186,9 +189,12 @@ def inspect_model(
     from localmoe import inspection
     from localmoe.repl.render import Screen
 
+    path = config or model
+    if path is None or (config and model):
+        raise SettingError("inspect needs one of MODEL and --config FILE")
     screen = Screen()
-    sections = inspection.report(model, context=context, kv_format=kv)
-    header, rows = inspection.program_table(model) if program else ([], [])
+    sections = inspection.report(path, context=context, kv_format=kv)
+    header, rows = inspection.program_table(path) if program else ([], [])
     if as_json:
         found: dict[str, Any] = {title: dict(entries) for title, entries in sections}
         if program:
@@ -308,6 +314,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
         screen.notice(f"(sampling as the model recommends: {', '.join(followed)})")
     if model.context > model.trained_context:
         screen.notice(f"(the model was trained on {model.trained_context} tokens: beyond them its answers get worse)")
+    if model.left_out:
+        screen.notice(f"(text alone: left out are {model.left_out})")
     for entry in not_followed(model.metadata):
         screen.notice(f"(the model recommends {entry}, which is not implemented)")
     screen.line()

@@ -6,7 +6,7 @@ tests against the `gguf` package.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -43,7 +43,31 @@ _TABLE = (
 FORMATS: dict[str, Format] = {name: Format(name, *numbers) for name, *numbers in _TABLE}
 FORMAT_BY_ID: dict[int, Format] = {f.id: f for f in FORMATS.values()}
 F32, F16, BF16 = FORMATS["F32"], FORMATS["F16"], FORMATS["BF16"]
+# Eight-bit floats of safetensors files (OCP 8-bit floating point 1.0; the byte for "not a number" is read as 480).
+F8_E4M3 = Format("F8_E4M3", -1, 1, 1)
+# Formats of which a matrix may be multiplied by numbers that lie beside it, see `Scales`.
+SCALED = ("F8_E4M3", "NVFP4")
 KV_FORMATS = {"f32": F32, "f16": F16, "q8_0": FORMATS["Q8_0"]}  # what a row of keys or values may be kept as
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Scales:
+    """What one matrix is multiplied by: `values` (rows of scales, columns of scales) float32, each for a tile of `rows`
+    times `columns` weights of the matrix that they were made for; the one here begins at its row `first`."""
+
+    values: npt.NDArray[np.float32]
+    rows: int
+    columns: int
+    first: int = 0
+
+    def of_rows(self, start: int, stop: int, columns: int) -> npt.NDArray[np.float32]:
+        """(stop - start, columns): the number for each weight of these rows."""
+        rows = np.arange(self.first + start, self.first + stop)[:, None] // self.rows
+        return self.values[rows, np.arange(columns) // self.columns]
+
+    def moved(self, rows: int) -> Scales:
+        """Those of the same matrix from a later row on."""
+        return replace(self, first=self.first + rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +75,15 @@ class Weight:
     """A named tensor over bytes it does not own (usually views of an mmap), row-major, last axis contiguous.
 
     `shape` is numpy's order: (n,), (rows, columns) or (matrices, rows, columns). `slabs` holds one contiguous piece per
-    leading matrix for three axes (experts, heads), else exactly one. Nothing here reads the bytes.
+    leading matrix for three axes (experts, heads), else exactly one; `scales` one for each slab, or none. Nothing here
+    reads the bytes.
     """
 
     name: str
     shape: tuple[int, ...]
     format: Format
     slabs: tuple[Bytes, ...]
+    scales: tuple[Scales, ...] = ()
 
     @classmethod
     def whole(cls, name: str, shape: tuple[int, ...], format: Format, data: Bytes) -> Weight:
@@ -82,7 +108,7 @@ class Weight:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(s.size for s in self.slabs)
+        return sum(s.size for s in self.slabs) + sum(s.values.nbytes for s in self.scales)
 
     @property
     def elements(self) -> int:
@@ -91,11 +117,12 @@ class Weight:
     def matrices(self, count: int) -> Weight:
         """(count · rows, columns) seen as (count, rows, columns): heads of one projection."""
         (data,) = self.slabs
-        return Weight.whole(self.name, (count, self.shape[0] // count, self.columns), self.format, data)
+        height = self.shape[0] // count
+        whole = Weight.whole(self.name, (count, height, self.columns), self.format, data)
+        return replace(whole, scales=tuple(s.moved(i * height) for s in self.scales for i in range(count)))
 
     def part(self, start: int, stop: int) -> Weight:
         """Rows start:stop of every matrix, as views."""
         a, b = start * self.row_nbytes, stop * self.row_nbytes
-        return Weight(
-            self.name, (*self.shape[:-2], stop - start, self.columns), self.format, tuple(s[a:b] for s in self.slabs)
-        )
+        shape, slabs = (*self.shape[:-2], stop - start, self.columns), tuple(s[a:b] for s in self.slabs)
+        return Weight(self.name, shape, self.format, slabs, tuple(s.moved(start) for s in self.scales))

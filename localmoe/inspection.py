@@ -3,7 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from localmoe.formats import Weight
 from localmoe.kernels.open import cache_format
 from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
-from localmoe.loader.source import Source
+from localmoe.loader.source import PlannedTensors, Source
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
 from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
 
@@ -61,21 +61,21 @@ def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
 
 def report(path: str | Path, context: int | None = None, kv_format: str = "f16") -> list[Section]:
     """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
-    network = Network(open_source(path))
-    source, program = network.source, network.program(1)
+    network = Network(_opened(path))
+    program = network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
     asked = context or min(network.trained_context, DEFAULT_CONTEXT)
     return [
         ("model", _model(network)),
-        ("parameters", _parameters(source, routed)),
-        ("formats", _formats(source)),
+        ("parameters", _parameters(network, routed)),
+        ("formats", _formats(network)),
         ("memory", _memory(network, program, routed, asked, kv_format)),
     ]
 
 
 def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
-    program = Network(open_source(path)).program(1)
+    program = Network(_opened(path)).program(1)
     header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
     rows: list[tuple[str, ...]] = [
         (
@@ -92,6 +92,14 @@ def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ..
     return header, rows
 
 
+def _opened(path: str | Path) -> Source:
+    """The model, or a plan of it where there are settings and no weights."""
+    from localmoe.loader.planning import is_plan, open_plan  # late: models themselves need none of it
+
+    path = Path(path).expanduser()
+    return open_plan(path) if is_plan(path) else open_source(path)
+
+
 def _model(network: Network) -> list[tuple[str, str]]:
     source = network.source
     rows = [
@@ -102,23 +110,15 @@ def _model(network: Network) -> list[tuple[str, str]]:
         ("hidden width", str(network.config.embedding_length)),
         ("vocabulary", f"{network.config.vocabulary:,}"),
         ("trained context", f"{network.trained_context:,}"),
-        ("size", readable_size(source.nbytes)),
+        ("size", readable_size(source.nbytes or sum(w.nbytes for w in network.tensors.values()))),
     ]
-    if network.skipped:
-        rows.append(("not run", _skipped(network.skipped)))
-    licence = source.metadata.get("general.license")
-    return rows + ([("licence", str(licence))] if licence else [])
+    planned = "none read: this is a plan, from settings alone" if isinstance(source.tensors, PlannedTensors) else ""
+    more = {"weights": planned, "licence": source.metadata.get("general.license"), "left out": network.left_out}
+    return rows + [(what, str(value)) for what, value in more.items() if value]
 
 
-def _skipped(names: list[str]) -> str:
-    """Which parts of the file a chat does without, and how many tensors they have."""
-    kinds = {"v": "vision", "mm": "vision", "a": "audio", "blk": "layers that predict further tokens"}
-    parts = Counter(kinds.get(name.partition(".")[0], "others") for name in names)
-    return ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
-
-
-def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:
-    total = sum(w.elements for w in source.tensors.values())
+def _parameters(network: Network, routed: list[Op]) -> list[tuple[str, str]]:
+    total = sum(w.elements for w in network.tensors.values())
     asleep = sum(w.elements * (w.shape[0] - op.inputs[1].shape[1]) // w.shape[0] for op in routed for w in op.weights)
     rows = [("total", _count(total)), ("active per token", _count(total - asleep))]
     if routed:
@@ -128,9 +128,9 @@ def _parameters(source: Source, routed: list[Op]) -> list[tuple[str, str]]:
     return rows
 
 
-def _formats(source: Source) -> list[tuple[str, str]]:
+def _formats(network: Network) -> list[tuple[str, str]]:
     by_format: dict[str, list[Weight]] = defaultdict(list)
-    for weight in source.tensors.values():
+    for weight in network.tensors.values():
         by_format[weight.format.name].append(weight)
     sizes = {name: sum(w.nbytes for w in weights) for name, weights in by_format.items()}
     whole = sum(sizes.values())
@@ -144,7 +144,7 @@ def _memory(
     network: Network, program: Program, routed: list[Op], context: int, kv_format: str
 ) -> list[tuple[str, str]]:
     experts = sum(w.nbytes for op in routed for w in op.weights)
-    weights = sum(w.nbytes for w in network.source.tensors.values())
+    weights = sum(w.nbytes for w in network.tensors.values())
     per_token = program.cache_nbytes(cache_format(kv_format))
     beside = needed(network, context, kv_format)
     whole, free = weights + beside.nbytes, available_nbytes()

@@ -17,7 +17,7 @@ from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Floats, Program, Progress, Tensor
 from localmoe.kernels.states import States
-from localmoe.loader.checkpoint import Checkpoint
+from localmoe.loader.checkpoint import Checkpoint, summary
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
 from localmoe.loader.source import Source
@@ -54,7 +54,8 @@ class Network:
             raise FileFormatError(f"{source.path}: the model's sizes do not fit together: {error}") from error
         self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
         self.metadata.finish()
-        self.skipped = checkpoint.finish()  # tensors of parts that are not run: vision, audio, further tokens
+        self.left_out = summary(checkpoint.finish())
+        self.tensors: Mapping[str, Weight] = checkpoint.given
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
         """Trace the family's forward pass for steps of up to `tokens` tokens."""
@@ -129,6 +130,11 @@ class Model:
     def trained_context(self) -> int:
         """Tokens of the longest text that the model was trained on."""
         return self.network.trained_context
+
+    @property
+    def left_out(self) -> str:
+        """Which parts of the file are not run, in words; empty where there are none."""
+        return self.network.left_out
 
     @property
     def threads(self) -> int:

@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+
+
+@cache
+def byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100 and up (its encoder.py)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): bytes([b]) for b in shown} | {chr(0x100 + n): bytes([b]) for n, b in enumerate(hidden)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from localmoe.errors import FileFormatError, TokenizerError, UnsupportedError
+from localmoe.pretokenizers import Pretokenizer, byte_alphabet
+from localmoe.tekken import read_tekken
 from localmoe.vocabulary import (
     SPACE,
     Kind,
@@ -105,7 +106,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a folder: tokenizer.json, else tokenizer.model, else vocab.json with merges.txt.
+        """The tokenizer of a folder: tokenizer.json, else tokenizer.model, vocab.json with merges.txt, or tekken.json.
 
         Raises TokenizerError (nothing there), FileFormatError (broken files) or UnsupportedError.
         """
@@ -128,10 +129,12 @@ class Tokenizer:
             add_bos = True
         elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
             vocabulary = _from_merges(path, config)
+        elif (path / "tekken.json").exists():
+            vocabulary = _from_tekken(path / "tekken.json")
+            defaults, add_bos = {"bos_token": 1, "eos_token": 2}, True
         else:
-            raise TokenizerError(
-                f"{path} holds no tokenizer: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
-            )
+            expected = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt, or tekken.json"
+            raise TokenizerError(f"{path} holds no tokenizer: expected {expected}")
         generation = {**_json(path / "config.json"), **_json(path / "generation_config.json")}
         find = {piece: id for id, piece in enumerate(vocabulary.pieces)}.get
         bos, eos = (
@@ -210,7 +213,7 @@ class Tokenizer:
             return piece.encode()
         if not self._vocabulary.byte_level:
             return piece.replace(SPACE, " ").encode()
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         return b"".join(alphabet.get(character) or character.encode() for character in piece)
 
 
@@ -242,14 +245,6 @@ def _in_print(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("token-bytes", _in_print)
-
-
-@cache
-def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100 and up (its encoder.py)."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): bytes([b]) for b in shown} | {chr(0x100 + n): bytes([b]) for n, b in enumerate(hidden)}
 
 
 def _stop_tokens(vocabulary: Vocabulary, named: Iterable[int]) -> set[int]:
@@ -339,6 +334,17 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Vocabula
         space_prefix=model.space_prefix, charsmap=model.charsmap, squeeze_spaces=model.squeeze_spaces,
     )  # fmt: skip
     return vocabulary, {"bos_token": model.bos, "eos_token": model.eos}
+
+
+def _from_tekken(file: Path) -> Vocabulary:
+    found = read_tekken(_json(file), str(file))
+    kinds: list[int] = [Kind.CONTROL if id < found.special else Kind.NORMAL for id in range(len(found.pieces))]
+    try:
+        return byte_level_bpe(found.pieces, kinds, found.merges, Pretokenizer((found.pattern,), whole_words=True))
+    except TokenizerError:
+        raise
+    except Exception as error:  # `tokenizers` raises nothing more particular for a pattern that it cannot read
+        raise FileFormatError(f"{file}: {error}") from error
 
 
 def _from_merges(path: Path, config: Mapping[str, Any]) -> Vocabulary:

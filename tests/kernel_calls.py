@@ -39,7 +39,7 @@ def _halves(rng: np.random.Generator, count: int, size: float) -> Bytes:
 # Where a block holds its float16 scales; the other bytes may be anything.
 _SCALES: dict[str, tuple[int, ...]] = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,),
-    "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (), "IQ1_M": (),
+    "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "Q8_K": (), "IQ1_M": (),
 }  # fmt: skip
 
 
@@ -60,9 +60,14 @@ def random_rows(name: str, rows: int, columns: int, rng: np.random.Generator) ->
             blocks[:, 49 + 2 * i] = (blocks[:, 49 + 2 * i] & 15) | (((bits >> (4 * i)) & 15) << 4)
     if name == "MXFP4":
         blocks[:, 0] = rng.integers(115, 125, len(blocks))
-    if name == "NVFP4":
-        blocks[:, :4] = rng.integers(20, 60, (len(blocks), 4))
+    if name == "Q8_K":
+        blocks[:, :4] = rng.uniform(0.0005, 0.001, (len(blocks), 1)).astype(np.float32).view(np.uint8)
     return blocks.reshape(rows, -1)
+
+
+def dequantise(isa: str, name: str, rows: Bytes, out: Floats) -> None:
+    """The format's kernel over all of `rows`, as if they were one row."""
+    function(isa, f"dequantise_{name.lower()}", 6)(rows.ctypes.data, 0, 0, 0, out.ctypes.data, out.size)
 
 
 def dequantised(name: str, rows: Bytes) -> Floats:

@@ -34,6 +34,13 @@ def gemma3(r: Random, rope: str) -> dict[str, Any]:
     return gemma2(r, "plain") | layers(r, 7) | ropes | own
 
 
+def olmo3(r: Random, rope: str) -> dict[str, Any]:
+    """Five layers, so that by the family's own pattern the fourth has no window."""
+    ropes = {"full_attention": ROPES[rope](r) | {"rope_theta": 500.0}}
+    ropes["sliding_attention"] = {"rope_type": "default", "rope_theta": 500.0}
+    return common(r, "plain") | layers(r, 5) | {"rope_parameters": ropes}
+
+
 def phi3(r: Random, rope: str) -> dict[str, Any]:
     settings = common(r, "plain")
     width, share = r.choice((16, 24)), r.choice((0.5, 0.75, 1.0))
@@ -108,6 +115,7 @@ DENSE: dict[str, Case] = {
     "gemma2": Case("Gemma2", gemma2, ("plain", "linear")),
     "phi3": Case("Phi3", phi3, ("plain", "longrope, short", "longrope, long", "longrope, attention factor")),
     "olmo2": Case("Olmo2", common),
+    "olmo3": Case("Olmo3", olmo3, ("plain", "yarn", "linear")),
     "granite": Case("Granite", granite),
     "glm4": Case("Glm4", glm4, ("plain", "yarn")),
     "smollm3": Case("SmolLM3", smollm3, ("plain", "yarn", "llama3")),

@@ -218,6 +218,21 @@ def test_version_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("localmoe")
 
 
+def test_inspect_plans_from_settings_and_wants_one_thing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {
+        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 4, "vocab_size": 5,
+        "max_position_embeddings": 64, "num_attention_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    assert call("inspect", "--config", str(path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == str(5 * 8 + 4 * 64 + 3 * 32 + 3 * 8)
+    assert found["model"]["weights"].startswith("none read")
+    assert call("inspect") == call("inspect", "x.gguf", "--config", str(path)) == 2
+    assert "needs one of MODEL and --config" in capsys.readouterr().err
+
+
 def test_inspect_prints_sections_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = SimpleNamespace(
         report=lambda path, context, kv_format: [("Model", [("KV", kv_format), ("context", str(context))])],

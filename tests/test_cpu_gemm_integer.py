@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from kernel_calls import Floats, function, kernels, random_rows
+from kernel_calls import dequantise as blocks_to_floats
 
 from localmoe.formats import FORMATS
 from localmoe.kernels.cpu import dequantise, gemm, gemm_integer, isa  # noqa: F401  (they register kernels)
@@ -27,7 +28,7 @@ def rounded(x: Floats, block: int) -> Floats:
 
 def dequantised(which: str, name: str, rows: np.ndarray, columns: int) -> Floats:
     out = np.full((len(rows), columns), np.nan, np.float32)
-    function(which, f"dequantise_{name.lower()}", 3)(rows.ctypes.data, out.ctypes.data, out.size)
+    blocks_to_floats(which, name, rows, out)
     return out
 
 

@@ -47,7 +47,7 @@ def test_the_goldens_hold_no_type_that_is_left_out_here(conformance: Path) -> No
     assert {k.removeprefix("deq_").removesuffix("_bytes") for k in gguf} == set(GGUF)
 
 
-@pytest.mark.parametrize("name", ["Q8_1", "Q8_K", "Q2_0", "I32"])
+@pytest.mark.parametrize("name", ["Q8_1", "I32"])
 def test_a_type_that_nobody_here_can_check_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         dequantise(np.zeros(FORMATS[name].nbytes, np.uint8), FORMATS[name])

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats", "memory", "settings", "pretokenizers"),
     ("prefault",),
     ("loader", "kernels"),
-    ("sampling", "sandbox", "vocabulary"),
+    ("sampling", "sandbox", "tekken", "vocabulary"),
     ("arch", "tokenizer", "template"),
     ("model",),
     ("engine",),

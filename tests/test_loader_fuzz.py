@@ -223,3 +223,62 @@ def test_a_sparse_file_with_huge_counts_is_refused_without_reading_it(tmp_path: 
             open_gguf(path)
     else:
         survives(lambda: open_gguf(path), 8 * count)
+
+
+def quantised_folder(path: Path, form: str) -> bytes:
+    """One matrix of 32 × 64 in 8-bit floats or 4-bit integers, and the settings that say so."""
+    float8 = {"weight": ("F8_E4M3", (32, 64), bytes(2048)), "weight_scale_inv": ("F32", (2, 4), bytes(32))}
+    gptq = {
+        "qweight": ("I32", (8, 32), bytes(1024)), "qzeros": ("I32", (2, 4), bytes(32)),
+        "scales": ("F16", (2, 32), bytes(128)), "g_idx": ("I32", (64,), bytes(128) + b"\1\0\0\0" * 32),
+    }  # fmt: skip
+    shape = np.array([32, 64]).tobytes()
+    packed = {
+        "weight_packed": ("I32", (32, 8), bytes(1024)), "weight_scale": ("BF16", (32, 2), bytes(128)),
+        "weight_shape": ("I64", (2,), shape),
+    }  # fmt: skip
+    weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
+    groups = {"config_groups": {"group_0": {"weights": weights}}, "format": "pack-quantized"}
+    quantization = {
+        "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        "packed": {"quant_method": "compressed-tensors", **groups},
+    }[form]
+    (path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": quantization}))
+    parts = {"fp8": float8, "gptq": gptq, "packed": packed}[form]
+    return safetensors_bytes({f"model.layers.0.mlp.up_proj.{last}": entry for last, entry in parts.items()})
+
+
+@settings(FUZZ, max_examples=150)
+@given(changes=mutations, form=st.sampled_from(["fp8", "gptq", "packed"]))
+def test_mutated_quantised_folders_are_opened_or_refused(tmp_path: Path, changes: list[Mutation], form: str) -> None:
+    content = mutated(quantised_folder(tmp_path, form), changes, 700)
+    replaced(tmp_path / "model.safetensors", content)
+    survives(lambda: open_folder(tmp_path), len(content) + 20_000)
+
+
+@FUZZ
+@given(
+    method=st.sampled_from(["fp8", "fbgemm_fp8", "compressed-tensors", "gptq", "awq"]),
+    changes=st.dictionaries(
+        st.sampled_from(
+            [
+                "bits",
+                "group_size",
+                "fmt",
+                "weight_block_size",
+                "config_groups",
+                "format",
+                "checkpoint_format",
+                "version",
+            ]
+        ),
+        json_values,
+    ),
+)
+def test_any_quantisation_settings_are_read_or_refused(method: str, changes: dict[str, Any]) -> None:
+    quantization = {"quant_method": method, "bits": 4, "format": "pack-quantized", **changes}
+    try:
+        config_keys({**CONFIG, "quantization_config": quantization}, "config.json")
+    except LocalMoeError as error:
+        assert "\n" not in str(error)  # noqa: PT017

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from families import in_memory, logits, relative_error
 from oracle_cases import ROPES, VOCABULARY, common
+from oracle_dense import DENSE
 from oracle_mixtures import chosen, glm4_moe, gpt_oss, llama4
 from test_oracle import SEEDS, TOKENS, TOLERANCE, compare, random_model, right_answer, transformers
 
@@ -193,3 +194,54 @@ def test_llama_4_is_read_from_a_folder_that_has_its_vision_model_too(
     network = Network(open_source(tmp_path))
     compare(network, model, [r.randrange(VOCABULARY) for _ in range(TOKENS)], record_property)
     assert any(name.startswith("v.") for name in network.source.tensors)
+
+
+GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh", "head_dim": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 7,
+    "sliding_window": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "Mistral3", "Ministral3"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_text_model_is_read_from_a_folder_that_has_its_vision_model_too(
+    kind: str, seed: int, transformers: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """As Gemma 3, Mistral Small 3.1 and Ministral 3 are published: text_config beside a vision tower."""
+    r = Random(seed)
+    case = next((case for case in DENSE.values() if case.kind == kind), None)
+    settings = (case.settings(r, case.ropes[0]) if case else common(r, "plain")) | {
+        "tie_word_embeddings": kind == "Gemma3"
+    }
+    if kind == "Gemma3":
+        settings |= GEMMA
+        del settings["rope_parameters"]
+        text = transformers.Gemma3TextConfig(**settings)
+        tower = VISION | {"patch_size": 14, "model_type": "siglip_vision_model"}
+        config = transformers.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
+
+    else:
+        settings["head_dim"] = 16
+        text = getattr(transformers, f"{kind if kind == 'Ministral3' else 'Mistral'}Config")(**settings)
+        tower = VISION | {"patch_size": 14, "model_type": "pixtral", "head_dim": 8}
+        config = transformers.Mistral3Config(text_config=text, vision_config=tower)
+    config.tie_word_embeddings = text.tie_word_embeddings
+    both = (
+        getattr(transformers, f"{kind.replace('Ministral3', 'Mistral3')}ForConditionalGeneration")(config)
+        .eval()
+        .float()
+    )
+    model = random_model(transformers, text, 3 * seed)
+    both.model.language_model.load_state_dict(model.model.state_dict())
+    both.lm_head.load_state_dict(model.lm_head.state_dict())
+    both.save_pretrained(tmp_path)
+    network = Network(open_source(tmp_path))
+    compare(network, model, [r.randrange(VOCABULARY) for _ in range(TOKENS)], record_property)
+    assert "of vision or audio parts" in network.left_out

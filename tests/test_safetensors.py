@@ -403,7 +403,7 @@ def test_both_names_of_the_expert_count_are_read() -> None:
         (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}),
         (LLAMA, {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
-        (LLAMA, {"final_logit_softcapping": 30.0}), (LLAMA, {"quantization_config": {"quant_method": "gptq"}}),
+        (LLAMA, {"final_logit_softcapping": 30.0}), (LLAMA, {"quantization_config": {"quant_method": "bnb"}}),
         ({**LLAMA, "model_type": "qwen2"}, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
         ({**LLAMA, "model_type": "qwen3"}, {"layer_types": ["sliding_attention"]}),
         (QWEN3_MOE, {"mlp_only_layers": [0]}), (QWEN3_MOE, {"decoder_sparse_step": 2}),

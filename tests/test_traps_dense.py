@@ -385,7 +385,6 @@ def test_a_number_of_layers_is_refused_before_it_is_counted_out() -> None:
         (gemma3, "attention.value_length", 16),
         (gemma2, "rope.freq_base_swa", 1e6),
         (phi3, "rope.scaling.type", "yarn"),
-        (olmo2, "attention.sliding_window", 4096),
         (olmo2, "attention.clamp_kqv", 8.0),
         (granite, "rope.scaling.finetuned", False),
         (granite, "expert_count", 8),

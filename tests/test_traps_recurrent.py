@@ -237,7 +237,7 @@ def test_a_folder_follows_the_paper(tiny: Tiny, tmp_path: Path) -> None:
     network = written(tmp_path, folder_settings(tiny), stored | PREDICTION)
     assert relative_error(logits(network, IDS), right(tiny, tiled=False)) <= TOLERANCE
     rows = {name: value for _, section in report(tmp_path) for name, value in section}
-    assert rows["not run"] == "layers that predict further tokens (4 tensors)"
+    assert rows["left out"] == "4 tensors of multi-token prediction"
 
 
 @pytest.mark.parametrize("model", [qwen35, qwen35moe])
@@ -251,7 +251,7 @@ def test_a_text_model_beside_a_vision_model_is_read_alone(model: Callable[[], Ti
     network = written(tmp_path, outer, folder_tensors(tiny, "model.language_model.") | VISION | PREDICTION)
     assert relative_error(logits(network, IDS), right(tiny, tiled=False)) <= TOLERANCE
     rows = {name: value for _, section in report(tmp_path) for name, value in section}
-    assert rows["not run"] == "vision (2 tensors), layers that predict further tokens (4 tensors)"
+    assert rows["left out"] == "2 tensors of vision or audio parts, 4 tensors of multi-token prediction"
 
 
 def test_settings_as_large_models_have_them_become_keys() -> None:

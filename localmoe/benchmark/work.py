@@ -9,7 +9,7 @@ from localmoe.formats import KV_FORMATS
 from localmoe.kernels.cpu.limits import Rates
 from localmoe.kernels.program import CacheLayer, Op, Program
 
-FLOAT_FORMATS = ("F32", "F16", "BF16")
+FLOAT_FORMATS = ("F32", "F16", "BF16", "F8_E4M3", "NVFP4")
 
 
 @dataclass(frozen=True, slots=True)

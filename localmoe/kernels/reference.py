@@ -33,11 +33,8 @@ def dequantise(data: Bytes, format: Format) -> Floats:
         return data.view(np.float32)
     if format.name == "F16":
         return data.view(np.float16).astype(np.float32)
-    if format.name == "Q1_0":  # the gguf package lacks it: a float16 scale, then 128 sign bits, a set one positive
-        blocks = data.reshape(-1, format.nbytes)
-        scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-        signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(bool)
-        return np.where(signs, scale, -scale).reshape(-1)
+    if format.name in _UNKNOWN_TO_GGUF:
+        return _UNKNOWN_TO_GGUF[format.name](data.reshape(-1, format.nbytes)).reshape(-1)
     from gguf import GGMLQuantizationType, quants
 
     try:
@@ -46,14 +43,57 @@ def dequantise(data: Bytes, format: Format) -> Floats:
         raise UnsupportedError(f"the reference device cannot dequantise {format.name} blocks") from error
 
 
+def _half(blocks: Array) -> Floats:
+    """The float16 that blocks begin with, (blocks, 1)."""
+    return np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+
+
+def _q1_0(blocks: Array) -> Floats:
+    """A float16 scale, then 128 sign bits, a set one positive."""
+    signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(bool)
+    return np.where(signs, _half(blocks), -_half(blocks))
+
+
+def _q2_0(blocks: Array) -> Floats:
+    """A float16 scale, then 64 times two bits, the lowest first: -1 to 2."""
+    two = (blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+    return _half(blocks) * (two.reshape(len(blocks), -1).astype(np.float32) - 1)
+
+
+def _q8_k(blocks: Array) -> Floats:
+    """A float32 scale, then 256 whole numbers; sums of 16 follow, that only products need."""
+    scale = np.ascontiguousarray(blocks[:, :4]).view(np.float32)
+    return np.asarray(scale * blocks[:, 4:260].view(np.int8))
+
+
+def _f8_e4m3(blocks: Array) -> Floats:
+    """A sign, four bits of exponent (bias 7, 0: subnormal) and three of the fraction."""
+    bits = blocks.astype(np.int32)
+    exponent, fraction = (bits >> 3) & 15, (bits & 7).astype(np.float32)
+    size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(fraction + 8, exponent - 10))
+    return np.asarray(np.where(bits & 128, -size, size), np.float32)
+
+
+_UNKNOWN_TO_GGUF: dict[str, Callable[[Array], Floats]] = {
+    "Q1_0": _q1_0, "Q2_0": _q2_0, "Q8_K": _q8_k, "F8_E4M3": _f8_e4m3,
+}  # fmt: skip
+
+
 def values(weight: Weight) -> Floats:
     """All values of a weight, in its shape."""
-    return np.concatenate([dequantise(s, weight.format) for s in weight.slabs]).reshape(weight.shape)
+    return np.stack([matrix(weight, i) for i in range(len(weight.slabs))]).reshape(weight.shape)
 
 
 def matrix(weight: Weight, index: int = 0) -> Floats:
     """One matrix of a weight, (rows, columns)."""
-    return dequantise(weight.slabs[index], weight.format).reshape(weight.rows, weight.columns)
+    return rows(weight, 0, weight.rows, index)
+
+
+def rows(weight: Weight, start: int, stop: int, index: int = 0) -> Floats:
+    """Rows of one matrix of a weight, (stop - start, columns)."""
+    data = weight.slabs[index][start * weight.row_nbytes : stop * weight.row_nbytes]
+    plain = dequantise(data, weight.format).reshape(stop - start, weight.columns)
+    return plain * weight.scales[index].of_rows(start, stop, weight.columns) if weight.scales else plain
 
 
 def cached(rows: Array, format: Format) -> Floats:
@@ -143,8 +183,7 @@ def _view(store: dict[int, Array], tensor: Tensor, tokens: int) -> Array:
 
 def embed(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
     (weight,) = op.weights
-    row = weight.row_nbytes
-    return [np.stack([dequantise(weight.slabs[0][t * row : (t + 1) * row], weight.format) for t in inputs[0]])]
+    return [np.concatenate([rows(weight, t, t + 1) for t in inputs[0]])]
 
 
 def rms_norm(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import Weight
-from localmoe.loader.source import Source, listed, shown
+from localmoe.loader.source import PlannedTensors, Source, listed, shown
 
 # Tensors that a family need not ask for: vision and audio towers, projectors, rope tables of the first converters.
 SKIPPABLE = re.compile(r"(v|mm|a)\..*|blk\.\d+\.attn_rot_embd\.weight")
@@ -20,16 +21,18 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source, self.prefix = source, ""
-        self._asked: set[str] = set()
+        self.given: dict[str, Weight] = {}  # every tensor that was asked for, by its full name
 
     def __call__(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight:
         """Shapes are numpy's, (rows, columns); axes of length one count for nothing, as GGUF drops some of them. A few
         names have no suffix, ""."""
-        full = f"{self.prefix}{name}.{suffix}".removesuffix(".")
-        self._asked.add(full)
-        if full not in self.source.tensors:
-            raise self._missing(full, shape)
-        return self._shaped(self.source.tensors[full], shape)
+        full, tensors = f"{self.prefix}{name}.{suffix}".removesuffix("."), self.source.tensors
+        try:
+            found = tensors.wanted(full, shape) if isinstance(tensors, PlannedTensors) else tensors[full]
+        except KeyError:
+            raise self._missing(full, shape) from None
+        self.given[full] = self._shaped(found, shape)
+        return self.given[full]
 
     def optional(self, name: str, shape: tuple[int, ...], *, suffix: str = "weight") -> Weight | None:
         """The tensor, or None where the file has none; a wrong shape is still refused."""
@@ -44,7 +47,7 @@ class Checkpoint:
     def scope(self, prefix: str) -> Checkpoint:
         """The same checkpoint, names counted from `prefix`: `get.scope("blk.0")("attn_q", shape)`."""
         inner = Checkpoint(self.source)
-        inner.prefix, inner._asked = f"{self.prefix}{prefix}.", self._asked
+        inner.prefix, inner.given = f"{self.prefix}{prefix}.", self.given
         return inner
 
     def experts(self, name: str, shape: tuple[int, int, int]) -> Weight:
@@ -69,7 +72,7 @@ class Checkpoint:
 
         Skipped are multi-token-prediction layers (any block that holds "nextn" tensors) and vision or audio towers.
         """
-        left = [name for name in self.source.tensors if name not in self._asked]
+        left = [name for name in self.source.tensors if name not in self.given]
         predictors = tuple({match[1] for name in left if (match := PREDICTOR.fullmatch(name))})
         skipped = [name for name in left if SKIPPABLE.fullmatch(name) or name.startswith(predictors)]
         unknown = sorted(set(left).difference(skipped))
@@ -85,12 +88,20 @@ class Checkpoint:
         if _longer_axes(weight.shape) != _longer_axes(shape) or len(weight.slabs) != pieces:
             found = f"tensor {shown(weight.name)} has shape {weight.shape}"
             raise FileFormatError(f"{self.source.path}: {found}, expected {shape}")
-        return Weight(weight.name, shape, weight.format, weight.slabs)
+        return replace(weight, shape=shape)
 
     def _missing(self, full: str, shape: tuple[int, ...]) -> FileFormatError:
         close = _quoted(get_close_matches(full, self.source.tensors, n=3, cutoff=0.8))
         hint = f"; there is {listed(close)}" if close else ""
         return FileFormatError(f"{self.source.path}: tensor {shown(full)} of shape {shape} is missing{hint}")
+
+
+def summary(skipped: list[str]) -> str:
+    """What `Checkpoint.finish` names, in a few words; empty where nothing was left out."""
+    towers = sum(SKIPPABLE.fullmatch(name) is not None and not name.startswith("blk.") for name in skipped)
+    predictors = sum(not SKIPPABLE.fullmatch(name) for name in skipped)
+    found = {"of vision or audio parts": towers, "of multi-token prediction": predictors}
+    return ", ".join(f"{count} tensor{'s' * (count > 1)} {of}" for of, count in found.items() if count)
 
 
 def stacked(name: str, matrices: list[Weight]) -> Weight:
@@ -100,7 +111,8 @@ def stacked(name: str, matrices: list[Weight]) -> Weight:
         if (other.shape, other.format) != (first.shape, first.format):
             found = " and ".join(f"{shown(w.name)} ({w.format.name}, {w.shape})" for w in (first, other))
             raise UnsupportedError(f"{name}: experts of one layer must have one shape and format, found {found}")
-    return Weight(name, (len(matrices), *first.shape), first.format, tuple(m.slabs[0] for m in matrices))
+    scales = tuple(s for m in matrices for s in m.scales)
+    return Weight(name, (len(matrices), *first.shape), first.format, tuple(m.slabs[0] for m in matrices), scales)
 
 
 def _longer_axes(shape: tuple[int, ...]) -> tuple[int, ...]:

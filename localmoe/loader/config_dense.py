@@ -17,6 +17,7 @@ from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import BF16, F16, F32, Weight
 from localmoe.loader.config_json import Family, Keys, Makers, Settings
 from localmoe.loader.config_steps import (
+    BASES,
     COMMON,
     granite_scales,
     head_sizes,
@@ -46,6 +47,7 @@ def windowed_layers(settings: Settings, keys: Keys, period: int) -> None:
     if every < 1:
         raise settings.wrong("sliding_window_pattern", every, "at least 1")
     default = [(i + 1) % every > 0 for i in range(keys["block_count"])]
+    settings.expect("sliding_window_size", width)  # said again
     keys["attention.sliding_window"] = width
     keys["attention.sliding_window_pattern"] = layer_pattern(settings, keys, "sliding_attention", default)
 
@@ -72,14 +74,24 @@ def gemma2(settings: Settings, keys: Keys, architecture: str) -> None:
 
 
 def gemma3(settings: Settings, keys: Keys, architecture: str) -> None:
-    """Rope by the kind of layer; before transformers 5, rope_scaling was of the layers without window alone."""
     gemma(settings, keys, architecture)
     windowed_layers(settings, keys, 6)
+    layered_rope(settings, keys, architecture, settings.number("rope_local_base_freq", default=1e4))
+
+
+def olmo3(settings: Settings, keys: Keys, architecture: str) -> None:
+    """OLMo 2 with windows, whose layers have another rope."""
+    heads(settings, keys, architecture)
+    windowed_layers(settings, keys, 4)
+    layered_rope(settings, keys, architecture, settings.number("rope_theta", default=BASES["olmo3"]))
+
+
+def layered_rope(settings: Settings, keys: Keys, architecture: str, local_base: float) -> None:
+    """Rope by the kind of layer; before transformers 5, rope_scaling was of the layers without window alone."""
     found = Settings(_object(settings, "rope_parameters"), f"{settings.origin}: rope_parameters")
     local = Settings(_object(found, "sliding_attention"), f"{found.origin}: sliding_attention")
     local.expect("rope_type", "default")
-    base = settings.number("rope_local_base_freq", default=1e4)
-    keys["rope.freq_base_swa"] = local.number("rope_theta", default=base)
+    keys["rope.freq_base_swa"] = local.number("rope_theta", default=local_base)
     whole = {**_object(found, "full_attention"), **_object(settings, "rope_scaling")}
     values = {"model_type": settings.take("model_type"), "rope_theta": settings.take("rope_theta")}
     rope(Settings({**values, "rope_parameters": whole}, settings.origin), keys, architecture)
@@ -182,6 +194,7 @@ def starcoder2(settings: Settings, keys: Keys, architecture: str) -> None:
     settings.expect("scale_attention_softmax_in_fp32", True)
     settings.take("use_bias", "residual_dropout", "embedding_dropout")
     settings.take("attention_softmax_in_fp32", "scale_attn_weights")
+    settings.take("activation_function", "layer_norm_epsilon")  # transformers goes by hidden_act and norm_epsilon
     rope(settings, keys, architecture)
 
 
@@ -195,7 +208,7 @@ def gpt2(settings: Settings, keys: Keys, architecture: str) -> None:
     settings.expect("scale_attn_weights", True)
     settings.take("n_ctx", "attn_pdrop", "task_specific_params", "reorder_and_upcast_attn")
     settings.take("summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout")
-    settings.take("summary_proj_to_labels")
+    settings.take("summary_proj_to_labels", "predict_special_tokens")
 
 
 def raised_norms(makers: Makers, keys: Keys) -> None:
@@ -251,6 +264,7 @@ DENSE: dict[str, Family] = {
     "gemma3_text": Family("gemma3", COMMON, (gemma3,), TANH, rewrite=raised_norms),
     "phi3": Family("phi3", COMMON, (phi3,), rewrite=factor_tensors),
     "olmo2": Family("olmo2", COMMON, (heads, rope)),
+    "olmo3": Family("olmo2", COMMON, (olmo3,)),
     "granite": Family("granite", COMMON, (heads, granite_scales, rope)),
     "glm4": Family("glm4", COMMON, (glm4,)),
     "smollm3": Family("smollm3", COMMON, (smollm3,)),

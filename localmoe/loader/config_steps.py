@@ -20,7 +20,7 @@ COMMON = {
 # rope_theta where config.json is silent, for those whose default is not 10,000 (transformers' configuration files).
 BASES = {
     "mixtral": 1e6, "gpt_oss": 150000.0, "llama4_text": 500000.0, "minimax_m2": 5e6, "gemma3_text": 1e6,
-    "cohere": 500000.0, "smollm3": 2e6,
+    "cohere": 500000.0, "smollm3": 2e6, "olmo3": 500000.0,
 }  # fmt: skip
 # Architectures of which a part of each head may turn, and partial_rotary_factor where config.json is silent.
 PARTIAL = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.errors import FileFormatError
-from localmoe.formats import FORMATS, Bytes, Weight
+from localmoe.errors import FileFormatError, UnsupportedError
+from localmoe.formats import BF16, F16, F32, FORMATS, Bytes, Weight
 from localmoe.loader.config_json import Keys, Makers
 from localmoe.loader.source import shown
 
@@ -104,6 +104,9 @@ def _columns(interleaved: bool, make: Callable[[], Weight], part: str) -> Weight
 
 def _elements(slab: Bytes, weight: Weight) -> Any:
     """Bytes of F32, F16 or BF16 as a matrix of elements to be moved, not reckoned with."""
+    if weight.format not in (F32, F16, BF16):
+        found = f"tensor {shown(weight.name)} is {weight.format.name}"
+        raise UnsupportedError(f"{found}; matrices that have to be transposed can be F32, F16 and BF16")
     return slab.view(f"u{weight.format.nbytes}").reshape(-1, weight.columns)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import FileFormatError, LocalMoeError, UnsupportedError
-from localmoe.formats import FORMAT_BY_ID, FORMATS, Format, Weight
+from localmoe.formats import F32, FORMAT_BY_ID, FORMATS, SCALED, Format, Scales, Weight
 from localmoe.loader.source import LazyWeights, Source, map_file, shown
 
 MAGIC = b"GGUF"
@@ -262,7 +262,23 @@ def open_gguf(path: Path) -> Source:
     total = parts[0].metadata.get("split.tensors.count", len(makers))
     if total != len(makers):
         raise FileFormatError(f"{path}: the parts hold {len(makers)} tensors, split.tensors.count says {shown(total)}")
+    for name in [r.name for p in parts for r in p.records if r.format.name in SCALED and r.name.endswith(".weight")]:
+        head = name.removesuffix("weight")
+        if f"{head}scale" in makers:
+            makers[name] = partial(_scaled, path, makers[name], makers.pop(f"{head}scale"))
+        makers.pop(f"{head}input_scale", None)  # how activations were to be rounded, which they are not here
     return Source(path, "gguf", parts[0].metadata, LazyWeights(makers), sum(len(p.data) for p in parts))
+
+
+def _scaled(path: Path, make: Callable[[], Weight], make_scales: Callable[[], Weight]) -> Weight:
+    """NVFP4 with the float32 that llama.cpp keeps beside it: one a matrix, or one for all of them."""
+    weight, beside = make(), make_scales()
+    if beside.format != F32 or len(beside.slabs) != 1 or beside.elements not in (1, len(weight.slabs)):
+        found = f"{path}: tensor {shown(beside.name)} is {beside.format.name} {beside.shape}"
+        raise FileFormatError(f"{found}, expected F32 of {len(weight.slabs)} for {shown(weight.name)}")
+    values = np.broadcast_to(beside.slabs[0].view(np.float32), len(weight.slabs))
+    scales = [Scales(values[i : i + 1, None], weight.rows, weight.columns) for i in range(len(weight.slabs))]
+    return replace(weight, scales=tuple(scales))
 
 
 def _weight(record: Record, data: mmap.mmap) -> Weight:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.loader.checkpoint import stacked
-from localmoe.loader.huggingface_config import FAMILIES, config_keys, text_settings
+from localmoe.loader.huggingface_config import FAMILIES, config_keys, quantization_of, text_settings
+from localmoe.loader.quantised import Stored, joined
 from localmoe.loader.safetensors import PACKED, Entry, read_json, read_shards
 from localmoe.loader.source import LazyWeights, Source, read_small_file, shown
 
@@ -56,9 +57,26 @@ def open_folder(path: Path) -> Source:
     Raises: FileFormatError (broken, a shard or tensor missing), UnsupportedError (model_type, dtype or config value).
     """
     config = text_settings(read_json(path / "config.json", SMALL))
-    architecture, keys, tied = config_keys(config, str(path / "config.json"))
-    entries, nbytes = read_shards(path)
-    makers = _gguf_named(path, entries, architecture, keys[f"{architecture}.block_count"])
+    origin = str(path / "config.json")
+    config_keys(config, origin)  # before hundreds of files are opened
+    return folder_source(path, "folder", config, origin, *read_shards(path))
+
+
+def folder_source(
+    path: Path,
+    kind: Literal["folder", "mistral"],
+    config: Mapping[str, Any],
+    origin: str,
+    entries: Mapping[str, Entry],
+    nbytes: int,
+    more: Mapping[str, Any] | None = None,
+) -> Source:
+    """The Source of a folder whose settings and tensors go by Hugging Face's names; `more` are GGUF keys that count."""
+    architecture, keys, tied = config_keys(config, origin)
+    keys |= {f"{architecture}.{name}": value for name, value in (more or {}).items()}
+    makers = _gguf_named(
+        path, joined(entries, quantization_of(config, origin)), architecture, keys[f"{architecture}.block_count"]
+    )
     rewrite = FAMILIES[config["model_type"]].rewrite
     if rewrite:
         rewrite(makers, {name.removeprefix(f"{architecture}."): value for name, value in keys.items()})
@@ -71,20 +89,20 @@ def open_folder(path: Path) -> Source:
     metadata: dict[str, Any] = {"general.architecture": architecture, "general.name": path.resolve().name, **keys}
     metadata.update(_sampling(path / "generation_config.json"))
     metadata.update(_chat_templates(path))
-    return Source(path, "folder", metadata, LazyWeights(makers), nbytes, tokenizer_folder=path)
+    return Source(path, kind, metadata, LazyWeights(makers), nbytes, tokenizer_folder=path)
 
 
 def _gguf_named(
-    path: Path, entries: Mapping[str, Entry], architecture: str, layers: int
+    path: Path, entries: Mapping[str, Stored], architecture: str, layers: int
 ) -> dict[str, Callable[[], Weight]]:
     """Makers of tensors by GGUF name. Names without a place keep their own, for the checkpoint to refuse."""
     rename = _renaming(architecture, layers)
     makers: dict[str, Callable[[], Weight]] = {}
-    experts: dict[str, dict[int, Entry]] = {}
+    experts: dict[str, dict[int, Stored]] = {}
     for name, entry in entries.items():
         if IMPLIED.fullmatch(name):
             continue
-        if not (name.endswith(("_blocks", "_scales")) and entry.dtype in PACKED):
+        if isinstance(entry, Entry) and not (name.endswith(("_blocks", "_scales")) and entry.dtype in PACKED):
             entry.require_readable()
         single = EXPERT.fullmatch(name)
         if single:
@@ -105,13 +123,29 @@ def _gguf_named(
     return makers
 
 
-def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Entry, maker: Callable[[], Weight]) -> None:
+def gguf_names(names: Iterable[str], architecture: str, layers: int) -> frozenset[str]:
+    """The GGUF names that a folder's tensors get, experts stacked and fused ones taken apart."""
+    rename, found = _renaming(architecture, layers), set()
+    for name in names:
+        single = EXPERT.fullmatch(name)
+        plain = f"{single['head']}.{single['tail']}.{single['suffix']}" if single else name
+        if IMPLIED.fullmatch(name):
+            continue
+        renamed = rename(plain)
+        head, _, last = renamed.rpartition(".")
+        renamed = f"{head}.weight" if last in ("blocks", "scales") else renamed
+        renamed = f"{renamed}.weight" if renamed.endswith("attn_sinks") else renamed
+        found.update({renamed.replace("gate_up", half) for half in ("gate", "up")})
+    return frozenset(found)
+
+
+def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Stored, maker: Callable[[], Weight]) -> None:
     if name in makers:
         raise FileFormatError(f"{entry.path}: tensor {shown(entry.name)} is a second {shown(name)}")
     makers[name] = maker
 
 
-def _stack(name: str, entries: list[Entry]) -> Weight:
+def _stack(name: str, entries: list[Stored]) -> Weight:
     return stacked(name, [entry.weight(entry.name) for entry in entries])
 
 

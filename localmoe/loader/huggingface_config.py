@@ -24,6 +24,8 @@ from localmoe.loader.config_steps import (
     rope,
     softmax_experts,
 )
+from localmoe.loader.metadata import LAYER_LIMIT
+from localmoe.loader.quantization import Quantization, read_quantization
 from localmoe.loader.source import shown
 
 # Values without any bearing on the forward pass of these families: bookkeeping, training, and how to generate.
@@ -32,7 +34,8 @@ HARMLESS = frozenset(
         "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "attention_dropout",
         "attn_implementation", "auto_map", "aux_loss_alpha", "bos_token_id", "decoder_start_token_id", "do_sample",
         "dtype", "embd_pdrop", "eos_token_id", "ep_size", "hidden_dropout", "id2label", "initializer_range",
-        "label2id", "length_penalty", "max_length", "max_window_layers", "model_type", "num_beam_groups", "num_beams",
+        "is_llama_config", "label2id", "length_penalty", "max_length", "max_window_layers", "model_type",
+        "num_beam_groups", "num_beams",
         "num_mtp_layers", "num_nextn_predict_layers", "num_return_sequences", "output_router_logits", "pad_token_id",
         "pretraining_tp", "qk_head_dim", "repetition_penalty", "resid_pdrop", "return_dict", "router_aux_loss_coef",
         "router_jitter_noise", "seq_aux", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
@@ -49,7 +52,15 @@ DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # model_type of files that keep a text model's settings in text_config.
-WRAPPERS = ("llama4", "mistral3", "qwen3_5", "qwen3_5_moe")
+WRAPPERS = ("llama4", "mistral3", "gemma3", "qwen3_5", "qwen3_5_moe")
+# Gemma 3's published text_config says only what differs from these (transformers' configuration_gemma3.py).
+UNSAID: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    },
+    "mistral": {"model_type": "mistral"},
+}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", COMMON, (heads, rope)),
@@ -73,8 +84,20 @@ def text_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
     text = values.get("text_config")
     if values.get("model_type") not in WRAPPERS or not isinstance(text, dict):
         return values
-    outer = ("quantization_config", "tie_word_embeddings")
-    return {**text, **{name: values[name] for name in outer if text.get(name) is None and name in values}}
+    kind = text.get("model_type", "mistral" if values["model_type"] == "mistral3" else None)
+    found = {**UNSAID.get(str(kind), {}), **text}
+    if found.get("quantization_config") is None and "quantization_config" in values:
+        found["quantization_config"] = values["quantization_config"]
+    tied = {values.get("tie_word_embeddings"), text.get("tie_word_embeddings")} - {None}
+    return found | {"tie_word_embeddings": tied.pop() if len(tied) == 1 else None}  # else the tensors say it
+
+
+def quantization_of(values: Mapping[str, Any], origin: str) -> Quantization | None:
+    """How matrices are quantised; None where they are not, or in a way that the family itself sees to."""
+    found = values.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    own = FAMILIES[values["model_type"]].quantizations
+    return None if found is None or (isinstance(method, str) and method in own) else read_quantization(found, origin)
 
 
 def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, Any], bool | None]:
@@ -87,13 +110,11 @@ def config_keys(values: Mapping[str, Any], origin: str) -> tuple[str, dict[str, 
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise UnsupportedError(f"{origin}: model_type is {shown(kind)}; possible are {', '.join(FAMILIES)}")
-    quantization = settings.take("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and method not in family.quantizations:
-        raise UnsupportedError(
-            f"{origin}: weights quantised by {shown(method)}; possible are F32, F16 and BF16, or a GGUF file"
-        )
+    settings.take("quantization_config")
+    quantization_of(values, origin)
     keys: Keys = {name: settings.whole(key) for name, key in family.numbers.items()}
+    if keys["block_count"] > LAYER_LIMIT:
+        raise settings.wrong(family.numbers["block_count"], keys["block_count"], f"at most {LAYER_LIMIT}")
     if "expert_used_count" in keys:
         keys["expert_count"] = settings.whole(*EXPERT_COUNT)
     keys[family.epsilon[0]] = settings.number(family.epsilon[1])

@@ -10,7 +10,7 @@ from localmoe.loader.gguf import SPLIT_NAME, is_gguf, open_gguf
 from localmoe.loader.source import Source, listed, require_file
 
 BUNDLED = "localmoe-demo.gguf"
-POSSIBLE = "a GGUF file, or a folder with config.json and safetensors"
+POSSIBLE = "a GGUF file, or a folder with config.json (or Mistral's params.json) and safetensors"
 
 
 def open_source(path: str | Path) -> Source:
@@ -31,6 +31,11 @@ def open_source(path: str | Path) -> Source:
 
 def _open_directory(folder: Path) -> Source:
     """Hugging Face's layout goes first: such folders may hold conversions as well."""
+    if (folder / "params.json").is_file():
+        from localmoe.loader.mistral import is_native, open_native  # late, as _open_folder is
+
+        if is_native(folder):
+            return open_native(folder)
     configured = os.path.isfile(folder / "config.json")
     if configured and next(folder.glob("*.safetensors"), None):
         return _open_folder(folder)

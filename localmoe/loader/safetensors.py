@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import FORMATS, Format, Weight
+from localmoe.formats import F8_E4M3, FORMATS, Format, Weight
 from localmoe.loader.source import map_file, read_small_file, shown
 
 HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
 MATRIX_LIMIT = 1 << 16
 READABLE = ("F32", "F16", "BF16")
 PACKED = {"U8": "I8"}  # bytes that only some families can make sense of
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+# Bytes of an element, where the file must have as many as the shape says; 8-bit floats and whole numbers: quantised.py.
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,10 @@ class Entry:
 
     @property
     def format(self) -> Format:
-        return FORMATS[PACKED.get(self.dtype, self.dtype)]
+        return F8_E4M3 if self.dtype == "F8_E4M3" else FORMATS[PACKED.get(self.dtype, self.dtype)]
 
     def require_readable(self) -> None:
-        """Raises: UnsupportedError for a dtype without a format here (float8, integers)."""
+        """Raises: UnsupportedError for a dtype without a format here (integers, and float8 without its scales)."""
         if self.dtype not in READABLE:
             dtype = f"tensor {shown(self.name)} has dtype {shown(self.dtype)}"
             raise UnsupportedError(f"{self.path}: {dtype}; possible are {', '.join(READABLE)}")
@@ -95,16 +96,17 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
     # Packed experts have axes for their rows and blocks: the first one alone counts matrices.
     if prod(shape[:1] if dtype in PACKED and len(shape) > 2 else shape[:-2]) > MATRIX_LIMIT:
         raise error(f"has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
-    if dtype in (*READABLE, *PACKED) and prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes != stop - start:
-        expected = f"{prod(shape) * FORMATS[PACKED.get(dtype, dtype)].nbytes} bytes for {dtype} {tuple(shape)}"
+    if dtype in SIZES and prod(shape) * SIZES[dtype] != stop - start:
+        expected = f"{prod(shape) * SIZES[dtype]} bytes for {dtype} {tuple(shape)}"
         raise error(f"has {stop - start} bytes, expected {expected}")
     return Entry(name, dtype, tuple(shape), start, stop, path, data)
 
 
-def read_shards(folder: Path) -> tuple[dict[str, Entry], int]:
+def read_shards(folder: Path, stem: str = "model") -> tuple[dict[str, Entry], int]:
     """All tensors of a folder, single file or sharded by its index, and the bytes of the files."""
-    wanted = _weight_map(folder / INDEX_NAME) if os.path.exists(folder / INDEX_NAME) else {}
-    files = sorted(set(wanted.values())) or [_only_file(folder)]
+    index = f"{stem}.safetensors.index.json"
+    wanted = weight_map(folder / index) if os.path.exists(folder / index) else {}
+    files = sorted(set(wanted.values())) or [_only_file(folder, stem)]
     missing = [name for name in files if not os.path.exists(folder / name)]
     if missing:
         raise FileFormatError(f"{folder / missing[0]}: no such file: {len(missing)} of {len(files)} shards are missing")
@@ -116,21 +118,23 @@ def read_shards(folder: Path) -> tuple[dict[str, Entry], int]:
             entries[name] = entry
     for name, file in wanted.items():
         if name not in entries or entries[name].path.name != file:
-            raise FileFormatError(f"{folder / file}: tensor {shown(name)} is not in it, though {INDEX_NAME} says so")
+            raise FileFormatError(f"{folder / file}: tensor {shown(name)} is not in it, though {index} says so")
     return entries, sum({entry.path: len(entry.data) for entry in entries.values()}.values())
 
 
-def _only_file(folder: Path) -> str:
+def _only_file(folder: Path, stem: str) -> str:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if SINGLE_NAME in files:
-        return SINGLE_NAME
+    if f"{stem}.safetensors" in files:
+        return f"{stem}.safetensors"
     if len(files) != 1:
         found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
-        raise FileFormatError(f"{folder}: {found}, expected {SINGLE_NAME}, or shards with {INDEX_NAME}")
+        raise FileFormatError(
+            f"{folder}: {found}, expected {stem}.safetensors, or shards with {stem}.safetensors.index.json"
+        )
     return files[0]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor names and the files that hold them; a file name that leaves the folder is refused."""
     found = read_json(index, HEADER_LIMIT).get("weight_map")
     if not isinstance(found, dict) or not found:

@@ -36,12 +36,47 @@ class LazyWeights(Mapping[str, Weight]):
         return len(self._makers)
 
 
+class PlannedTensors(Mapping[str, Weight]):
+    """Tensors that come into being when they are asked for by name and shape: those of a model that is planned.
+
+    `known` are the names that an index lists, none where there is no index; `made` tensors that settings alone give.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str, tuple[int, ...]], Weight],
+        holds: Callable[[str], bool],
+        made: Mapping[str, Callable[[], Weight]],
+        known: frozenset[str],
+    ) -> None:
+        self._make, self._holds, self._known = make, holds, known
+        self._given = {name: maker() for name, maker in made.items()}
+
+    def wanted(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """The tensor of that name, in that shape. Raises KeyError where an index lists none of that name."""
+        if self._known and name not in self._known and name not in self._given:
+            raise KeyError(name)
+        return self._given.setdefault(name, self._make(name, shape))
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._given[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._given or (isinstance(name, str) and self._holds(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given.keys() | self._known)
+
+    def __len__(self) -> int:
+        return len(self._given.keys() | self._known)
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened model; `nbytes` counts the weight files, `tokenizer_folder` is None where metadata has the tokens."""
 
     path: Path
-    kind: Literal["gguf", "folder"]
+    kind: Literal["gguf", "folder", "mistral"]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Weight]
     nbytes: int
@@ -49,8 +84,9 @@ class Source:
 
     @property
     def rope_permuted(self) -> bool:
-        """Whether q and k of the llama family lie as adjacent rope pairs (llama.cpp's converter permutes them)."""
-        return self.kind == "gguf"
+        """Whether q and k of the llama family lie as adjacent rope pairs: as Meta and Mistral train them, and as
+        llama.cpp's converter puts them back; Hugging Face's converter permutes them."""
+        return self.kind != "folder"
 
     @property
     def value_heads_tiled(self) -> bool:

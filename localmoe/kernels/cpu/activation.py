@@ -29,8 +29,8 @@ def embed(v: Any) -> Any:
     def run(a, thread, threads):
         tokens, ids, out, columns = rows(a), slot(a, 2), slot(a, 3), slot(a, 6)
         for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-            row = v.load(v.int32, ids + 4 * t) * slot(a, 5)
-            v.call(slot(a, 7), slot(a, 4) + row, out + 4 * t * columns, columns)
+            row = v.load(v.int32, ids + 4 * t)
+            v.call(slot(a, 7), slot(a, 4), slot(a, 5), row, 0, out + 4 * t * columns, columns)
 
     return run
 

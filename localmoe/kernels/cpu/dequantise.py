@@ -1,7 +1,8 @@
 """Rows of GGUF blocks as float32, bit-identical to ggml: the formats without code books (with: `dequantise_grids.py`).
 
-Kernel `dequantise_<format>`: (source, destination float32, elements), elements being whole blocks. A format is a
-factory of `block(source, destination)`; layouts from ggml-common.h, checked against libggml's output.
+Kernel `dequantise_<format>`: (weights, row bytes, row, start, destination float32, elements), the part of a row from
+`start` on, both being whole blocks; `weights` as in `matmul.py`. A format is a factory of `block(source, destination)`;
+layouts from ggml-common.h, checked against libggml's output.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ def blocks(name: str) -> Callable[[Block], Block]:
         def rows(v: Any) -> Callable[..., None]:
             block = v.function(factory(v))
 
-            def dequantise(source, destination, elements):
+            def dequantise(weights, row_nbytes, row, start, destination, elements):
+                source = weights + row * row_nbytes + start // elements_of_block * nbytes
                 for i in range(elements // elements_of_block):
                     block(source + i * nbytes, destination + i * (4 * elements_of_block))
 
             return dequantise
 
-        kernel(f"dequantise_{name.lower()}", arguments=3)(rows)
+        kernel(f"dequantise_{name.lower()}", arguments=6)(rows)
         BLOCKS[name] = factory
         return factory
 
@@ -44,7 +46,8 @@ def blocks(name: str) -> Callable[[Block], Block]:
 def _plain(v: Any, load: Any, nbytes: int) -> Callable[..., None]:
     """Floats of `nbytes` that `load(kind, address)` brings as float32."""
 
-    def dequantise(source, destination, elements):
+    def dequantise(weights, row_nbytes, row, start, destination, elements):
+        source = weights + row * row_nbytes + start * nbytes
         whole = elements - elements % 16
         for i in range(0, whole, 16):
             v.store(destination + i * 4, load(v.f32x16, source + i * nbytes))
@@ -54,17 +57,17 @@ def _plain(v: Any, load: Any, nbytes: int) -> Callable[..., None]:
     return dequantise
 
 
-@kernel("dequantise_f32", arguments=3)
+@kernel("dequantise_f32", arguments=6)
 def dequantise_f32(v: Any) -> Callable[..., None]:
     return _plain(v, v.load, 4)
 
 
-@kernel("dequantise_f16", arguments=3)
+@kernel("dequantise_f16", arguments=6)
 def dequantise_f16(v: Any) -> Callable[..., None]:
     return _plain(v, v.load_half, 2)
 
 
-@kernel("dequantise_bf16", arguments=3)
+@kernel("dequantise_bf16", arguments=6)
 def dequantise_bf16(v: Any) -> Callable[..., None]:
     return _plain(v, v.load_bfloat, 2)
 
@@ -101,6 +104,18 @@ def q4_1(v: Any) -> Any:
         d, m, packed = v.load_half(v.float32, p), v.load_half(v.float32, p + 2), v.load(v.u8x16, p + 4)
         v.store(y, v.convert(v.f32x16, packed & 15) * d + m)
         v.store(y + 64, v.convert(v.f32x16, packed >> 4) * d + m)
+
+    return block
+
+
+@blocks("Q8_K")
+def q8_k(v: Any) -> Any:
+    """d f32 | int8[256] | sums of 16 int16[16]"""
+
+    def block(p, y):
+        d = v.load(v.float32, p)
+        for i in range(0, 256, 16):
+            v.store(y + 4 * i, v.convert(v.f32x16, v.load(v.i8x16, p + 4 + i)) * d)
 
     return block
 
@@ -274,5 +289,18 @@ def q1_0(v: Any) -> Any:
         for i in range(128):
             bit = (v.load(v.uint8, p + 2 + (i >> 3)) >> (i & 7)) & 1
             v.store(y + i * 4, d if bit else -d)
+
+    return block
+
+
+@blocks("Q2_0")
+def q2_0(v: Any) -> Any:
+    """d f16 | two bits [16], the lowest first; quants less 1"""
+
+    def block(p, y):
+        d = v.load_half(v.float32, p)
+        for i in range(64):
+            two = (v.load(v.uint8, p + 2 + (i >> 2)) >> (2 * (i & 3))) & 3
+            v.store(y + i * 4, d * np.float32(two - 1))
 
     return block

@@ -203,9 +203,8 @@ def mxfp4(v: Any) -> Any:
     return block
 
 
-@blocks("NVFP4")
 def nvfp4(v: Any) -> Any:
-    """scales ue4m3 [4] | nibbles [4 x 8]; half of the scale, as the values are doubled"""
+    """scales ue4m3 [4] | nibbles [4 x 8]; half of the scale, as the values are doubled. Its kernels: `scaled.py`."""
     from gguf.quants import NVFP4
 
     scales = v.table(NVFP4.ue4m3_to_fp32(np.arange(256, dtype=np.uint8)).astype(np.float32))

@@ -120,8 +120,8 @@ def gemm(v: Any) -> Callable[..., None]:
                 for k in range(0, columns, chunk):
                     count = min(chunk, columns - k)
                     for r in range(filled):
-                        source = weights + min(first + r, row_stop - 1) * row_nbytes + row_nbytes * k // columns
-                        v.call(dequantise, source, scratch + r * row_stride, count)
+                        row = min(first + r, row_stop - 1)
+                        v.call(dequantise, weights, row_nbytes, row, k, scratch + r * row_stride, count)
                     for t in range(start, stop, width):
                         panel = panels + (t * columns + k * width) * 4
                         into = sums + (t - start) // width * panel_sums

@@ -187,7 +187,7 @@ def gemv_heads_transposed(v: Any) -> Any:
                 for i in range(columns):
                     v.store(slot(a, 9) + 4 * ((t * heads + head) * columns + i), v.convert(v.float32, 0))
             for r in range(height):
-                v.call(slot(a, 3), slot(slot(a, 4), head) + r * slot(a, 5), values, columns)
+                v.call(slot(a, 3), slot(slot(a, 4), head), slot(a, 5), r, 0, values, columns)
                 for t in range(tokens):
                     x = v.load(v.float32, slot(a, 6) + t * slot(a, 7) + head * slot(a, 8) + 4 * r)
                     out = slot(a, 9) + 4 * (t * heads + head) * columns

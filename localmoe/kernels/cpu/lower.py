@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from localmoe.formats import Weight
-from localmoe.kernels.cpu import activation, attention, experts, linear, norm, recurrent, rope, router
+from localmoe.formats import SCALED, Weight
+from localmoe.kernels.cpu import activation, attention, experts, linear, norm, recurrent, rope, router, scaled
 from localmoe.kernels.cpu.arguments import Argument, At, Function
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
 
@@ -170,12 +170,16 @@ class Lowering:
         return array.ctypes.data
 
     def address(self, weight: Weight, matrix: int = 0) -> int:
-        """The address of a matrix of a weight, straight in the mapped file."""
-        return int(weight.slabs[matrix].ctypes.data)
+        """The address of a matrix of a weight, straight in the mapped file; that of a record where it is scaled."""
+        if weight.format.name not in SCALED:
+            return int(weight.slabs[matrix].ctypes.data)
+        numbers, values = scaled.record(weight, matrix)
+        self.kept.append(values)
+        return self.table(numbers)
 
     def addresses(self, weight: Weight) -> int:
         """The address of a table of all its matrices' addresses."""
-        return self.table(s.ctypes.data for s in weight.slabs)
+        return self.table(self.address(weight, i) for i in range(len(weight.slabs)))
 
     def kernel_names(self) -> list[str]:
         names = [name for name, _ in self._entries]

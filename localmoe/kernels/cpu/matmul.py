@@ -2,7 +2,7 @@
 
 Every kernel: (weights, row_nbytes, activations, out, columns, row_start, row_stop) -> out[r] float32 for row_start <= r
 < row_stop, out being the address of row 0. The order of additions depends on `columns` alone, so a row's result is the
-same in any split.
+same in any split. `weights` is where row 0 begins, or for formats of `formats.SCALED` a record (`scaled.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import UnsupportedError
-from localmoe.formats import FORMATS, Format
+from localmoe.formats import FORMATS, SCALED, Format
 from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
     dequantise_grids,
     matmul_avx512,
@@ -23,6 +23,7 @@ from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
     matmul_grids_avx512,
     matmul_k,
     matmul_k_avx512,
+    scaled,
 )
 from localmoe.kernels.cpu.blocks import E2M1, PREFETCH, iq4_values, nibbles
 from localmoe.kernels.cpu.build import kernel
@@ -65,8 +66,8 @@ def gemv_kernel(format: Format) -> tuple[str, str]:
     """
     if format.name in FAST:
         return FAST[format.name]
-    if format.name not in BLOCKS:
-        possible = ", ".join([*FAST, *BLOCKS])
+    if format.name not in (*BLOCKS, *SCALED):
+        possible = ", ".join([*FAST, *BLOCKS, *SCALED])
         raise UnsupportedError(f"no cpu kernel reads weights of type {format.name}; possible: {possible}")
     return f"gemv_{format.name.lower()}", "f32"
 
