@@ -15,6 +15,7 @@ from localmoe.loader.locate import open_source
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
 from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.quantisation.planning import plan_folder
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -56,9 +57,11 @@ def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
     return Needed(cache, working, _vocabulary_nbytes(network))
 
 
-def report(path: str | Path, context: int | None = None, kv_format: str = "f16") -> list[Section]:
+def report(
+    path: str | Path, context: int | None = None, kv_format: str = "f16", quantize: str | None = None
+) -> list[Section]:
     """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
-    network = Network(open_source(path))
+    network = _opened(path, quantize)
     source, program = network.source, network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
     asked = context or min(network.trained_context, DEFAULT_CONTEXT)
@@ -70,9 +73,9 @@ def report(path: str | Path, context: int | None = None, kv_format: str = "f16")
     ]
 
 
-def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def program_table(path: str | Path, quantize: str | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
-    program = Network(open_source(path)).program(1)
+    program = _opened(path, quantize).program(1)
     header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
     rows: list[tuple[str, ...]] = [
         (
@@ -87,6 +90,12 @@ def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ..
         for i, op in enumerate(program.ops)
     ]
     return header, rows
+
+
+def _opened(path: str | Path, quantize: str | None) -> Network:
+    """The network of a file; of a folder that is to be quantised on loading, as it will be."""
+    source = open_source(path)
+    return Network(plan_folder(source, quantize).unread() if quantize else source)
 
 
 def _model(network: Network) -> list[tuple[str, str]]:

@@ -22,6 +22,8 @@ def dequantise(data: Bytes, format: Format) -> Floats:
         return data.view(np.float32)
     if format.name == "F16":
         return data.view(np.float16).astype(np.float32)
+    if format.name == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if format.name == "Q1_0":  # the gguf package lacks it: a float16 scale, then 128 sign bits, a set one positive
         blocks = data.reshape(-1, format.nbytes)
         scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
