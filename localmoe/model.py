@@ -92,7 +92,7 @@ class Model:
             from localmoe.quantisation.planning import plan_folder, quantised  # a usual start need not wait for it
             from localmoe.quantisation.quantiser import Quantiser
 
-            with Quantiser(threads) as quantiser:
+            with Quantiser(threads, progress) as quantiser:
                 self.source = quantised(plan_folder(self.source, quantize), quantiser, progress)
                 self.network = Network(self.source)  # which asks for every tensor
         self.path = self.source.path

@@ -120,7 +120,9 @@ def test_chat_greets_talks_and_closes(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe_in(monkeypatch, "hello\n/exit\n")
-    assert call("chat", "x.gguf", "--context", "64", "-t", "2", "--lazy", "off", "--kv", "q8_0", "--quantize", "q6_K") == 0
+    assert (
+        call("chat", "x.gguf", "--context", "64", "-t", "2", "--lazy", "off", "--kv", "q8_0", "--quantize", "q6_K") == 0
+    )
     assert capsys.readouterr().out.splitlines() == [
         "fake-moe · fake · 1.23 MB · context 512 · 2 threads · /help for commands",
         "(sampling as the model recommends: temperature 0)",

@@ -86,7 +86,7 @@ def convert(
     header = header_bytes(values, tensors)
     nbytes = file_nbytes(header, tensors)
     require_space(path, nbytes)
-    with Quantiser(threads) as quantiser, whole_file(path, force=force) as file:
+    with Quantiser(threads, progress) as quantiser, whole_file(path, force=force) as file:
         file.write(header)
         _write_tensors(planned, quantiser, file, progress)
     left_out = len(source.tensors) - len([name for name in source.tensors if name in planned.tensors])

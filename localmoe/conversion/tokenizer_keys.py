@@ -43,7 +43,11 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int, architecture: 
     `pretokenizers`, or the file's tokens would be others than the folder's.
     """
     vocabulary = tokenizer.vocabulary
-    state, pieces, kinds = json.loads(vocabulary.engine.to_str()), vocabulary.pieces, [int(kind) for kind in vocabulary.kinds]
+    state, pieces, kinds = (
+        json.loads(vocabulary.engine.to_str()),
+        vocabulary.pieces,
+        [int(kind) for kind in vocabulary.kinds],
+    )
     if len(pieces) > rows:
         raise UnsupportedError(f"{folder}: {len(pieces)} tokens, and the model has rows for {rows}")
     if state["model"]["type"] != "BPE":

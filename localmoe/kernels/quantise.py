@@ -28,7 +28,7 @@ from localmoe.kernels.program import Floats
 Array = npt.NDArray[Any]
 
 LARGEST = 65504.0  # of a value that blocks can hold: float16's
-SMALLEST = np.float32(1e-30)  # a range below it counts as none
+SMALLEST = np.float32(1e-30)  # a range or scale below it counts as none; ggml divides by it, to no one's gain
 PARTS_OF_BLOCK = 256
 
 
@@ -239,7 +239,7 @@ def _bf16(x: Floats) -> Bytes:
 
 def _q8_0(x: Floats) -> Bytes:
     scale = np.abs(x).max(axis=1) / np.float32(127)
-    y = x * _inverse(scale, scale != 0)[:, None]
+    y = x * _inverse(scale, scale > SMALLEST)[:, None]
     size = np.abs(y)
     whole = np.floor(size)
     quants = np.copysign(whole + np.floor(np.float32(2) * (size - whole)), y).astype(np.int8)  # half away from zero
@@ -251,7 +251,7 @@ def _even(x: Floats, most: int) -> tuple[Bytes, Bytes]:
     middle = (most + 1) // 2
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
     scale = peak / np.float32(-middle)
-    quants = np.trunc(x * _inverse(scale, scale != 0)[:, None] + np.float32(middle + 0.5))
+    quants = np.trunc(x * _inverse(scale, np.abs(scale) > SMALLEST)[:, None] + np.float32(middle + 0.5))
     return _half_bytes(scale), np.minimum(quants, most).astype(np.uint8)
 
 
@@ -259,7 +259,7 @@ def _ranged(x: Floats, most: int) -> tuple[Bytes, Bytes]:
     """Scale, minimum and quants 0 … most of blocks from their minimum to their maximum."""
     low = x.min(axis=1)
     scale = (x.max(axis=1) - low) / np.float32(most)
-    quants = np.trunc((x - low[:, None]) * _inverse(scale, scale != 0)[:, None] + np.float32(0.5))
+    quants = np.trunc((x - low[:, None]) * _inverse(scale, scale > SMALLEST)[:, None] + np.float32(0.5))
     return np.concatenate([_half_bytes(scale), _half_bytes(low)], axis=1), np.minimum(quants, most).astype(np.uint8)
 
 

@@ -17,7 +17,7 @@ from localmoe.formats import FORMATS, Format
 # name: (general.file_type, format of most matrices)
 _TABLE = {
     "f32": (0, "F32"), "f16": (1, "F16"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0"), "q4_0": (2, "Q4_0"),
-    "q4_1": (3, "Q4_1"), "q5_0": (8, "Q5_0"), "q5_1": (9, "Q5_1"), "q2_K": (10, "Q2_K"), "q2_K_S": (21, "Q2_K"),
+    "q4_1": (3, "Q4_1"), "q5_0": (8, "Q5_0"), "q5_1": (9, "Q5_1"), "q2_K": (10, "Q2_K"),
     "q3_K_S": (11, "Q3_K"), "q3_K_M": (12, "Q3_K"), "q3_K_L": (13, "Q3_K"), "q4_K_S": (14, "Q4_K"),
     "q4_K_M": (15, "Q4_K"), "q5_K_S": (16, "Q5_K"), "q5_K_M": (17, "Q5_K"), "q6_K": (18, "Q6_K"),
 }  # fmt: skip
@@ -111,8 +111,6 @@ def _for_values(kind: FileType, sizes: Sizes, place: int, count: int) -> str:
     type, wanted = kind.name, kind.format.name
     if type == "q2_K":
         wanted = "Q4_K" if sizes.grouping >= 4 else "Q3_K"
-    elif type == "q2_K_S" and sizes.grouping >= 4:
-        wanted = "Q4_K"
     elif type == "q3_K_M":
         wanted = "Q5_K" if place < 2 else "Q4_K"
     elif type == "q3_K_L" or (type == "q4_K_S" and place < 4):
@@ -130,8 +128,8 @@ def _for_down(kind: FileType, layer: int, layers: int) -> str:
         return {"q2_K": "Q3_K", "q3_K_L": "Q5_K"}[type]
     if type == "q3_K_M":
         return "Q5_K" if layer < layers // 16 else "Q4_K"
-    if type in ("q2_K_S", "q4_K_S") and layer < layers // 8:
-        return {"q2_K_S": "Q4_K", "q4_K_S": "Q5_K"}[type]
+    if type == "q4_K_S" and layer < layers // 8:
+        return "Q5_K"
     if type in ("q4_K_M", "q5_K_M") and _more_bits(layer, layers):
         return "Q6_K"
     return usual

@@ -1,7 +1,11 @@
-"""Weights encoded in another format by several threads, a few pieces of rows at a time; knows no file and no type."""
+"""Weights encoded in another format by several threads, a few pieces of rows at a time; knows no file and no type.
+
+Kernels do it where there are some, and the numpy twins elsewhere, with the same bits.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,23 +14,36 @@ from typing import Self
 
 import numpy as np
 
-from localmoe.errors import FileFormatError
+from localmoe.errors import FileFormatError, SettingError
 from localmoe.formats import F32, Bytes, Format, Weight
+from localmoe.kernels.cpu import dequantise, quantise
+from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
-from localmoe.kernels.program import Floats
-from localmoe.kernels.quantise import LARGEST, quantise
-from localmoe.kernels.reference import dequantise
+from localmoe.kernels.cpu.isa import host_isa
+from localmoe.kernels.program import Floats, Progress
+from localmoe.kernels.quantise import LARGEST
+from localmoe.kernels.quantise import quantise as encoded_by_twin
+from localmoe.kernels.reference import dequantise as decoded_by_twin
 from localmoe.loader.source import shown
 
-PIECE = 1 << 18  # weights that a thread encodes at a time, whole rows
+PIECE = 1 << 17  # weights that a thread encodes at a time, whole rows: they and their float32 stay in its cache
+_DECODED = frozenset({"F16", "BF16", *dequantise.BLOCKS})
+_ENCODED = frozenset(quantise.NAMES)
+Decode = Callable[[Bytes], Floats]
+Encode = Callable[[Floats], Bytes]
 
 
 class Quantiser:
     """Encodes with `threads` threads; rows are cut into the same pieces and encoded alike whatever their number."""
 
-    def __init__(self, threads: int | None = None) -> None:
-        """`threads` None takes the quick physical cores."""
+    def __init__(self, threads: int | None = None, progress: Progress | None = None) -> None:
+        """`threads` None takes the quick physical cores; `progress` hears of kernels that must be compiled. Raises
+        SettingError for a number of threads that is not possible."""
+        if threads is not None and not 1 <= threads <= 256:
+            raise SettingError(f"{threads} threads are not possible; 1 to 256 are")
         self.threads = threads or default_threads()
+        self._progress = progress
+        self._kernels = Kernels(host_isa())
         self._pool = ThreadPoolExecutor(self.threads)
 
     def __enter__(self) -> Self:
@@ -48,14 +65,22 @@ class Quantiser:
         if weight.format is format:
             yield from ((weight.elements // len(weight.slabs), slab) for slab in weight.slabs)
             return
+        decode, encode = self._decoder(weight.format), self._encoder(format)
+
+        def encoded(piece: tuple[Bytes, int]) -> Bytes:
+            values = decode(piece[0]).reshape(-1, weight.columns)
+            if format is not F32:
+                _require_possible(weight, values, piece[1], format)
+            return encode(values)
+
         rows = max(1, PIECE // weight.columns)
         work = (
             (slab[start * weight.row_nbytes : (start + rows) * weight.row_nbytes], matrix * weight.rows + start)
             for matrix, slab in enumerate(weight.slabs)
             for start in range(0, weight.rows, rows)
         )
-        for encoded in self._in_order(lambda piece: _encoded(weight, *piece, format), work):
-            yield encoded.size // format.nbytes * format.elements, encoded
+        for done in self._in_order(encoded, work):
+            yield done.size // format.nbytes * format.elements, done
 
     def weight(self, weight: Weight, format: Format, report: Callable[[int], None] = lambda done: None) -> Weight:
         """The weight in another format, in memory of its own; `report` hears how many weights of it are done."""
@@ -69,6 +94,39 @@ class Quantiser:
             at, done = at + piece.size, done + count
             report(done)
         return Weight.whole(weight.name, weight.shape, format, data)
+
+    def _decoder(self, format: Format) -> Decode:
+        if format.name not in _DECODED:
+            return lambda data: decoded_by_twin(data, format)
+        kernel = self._kernel(f"dequantise_{format.name.lower()}")
+
+        def decode(data: Bytes) -> Floats:
+            values = np.empty(data.size // format.nbytes * format.elements, np.float32)
+            kernel(data.ctypes.data, values.ctypes.data, values.size)
+            return values
+
+        return decode
+
+    def _encoder(self, format: Format) -> Encode:
+        if format.name not in _ENCODED:
+            return lambda values: encoded_by_twin(values, format).reshape(-1)
+        kernel = self._kernel(f"quantise_{format.name.lower()}")
+
+        def encode(values: Floats) -> Bytes:
+            blocks = np.empty(values.size // format.elements * format.nbytes, np.uint8)
+            kernel(values.ctypes.data, blocks.ctypes.data, values.size)
+            return blocks
+
+        return encode
+
+    def _kernel(self, name: str) -> Callable[[int, int, int], None]:
+        """A kernel of three arguments as a function, which lets go of the interpreter's lock while it runs."""
+        self._kernels.prepare((name,), self._report)
+        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(self._kernels.address(name))
+
+    def _report(self, done: int, total: int, name: str) -> None:
+        if self._progress:
+            self._progress("compiling kernels (first start only)", done, total)
 
     def _in_order(
         self, encode: Callable[[tuple[Bytes, int]], Bytes], work: Iterable[tuple[Bytes, int]]
@@ -85,13 +143,6 @@ class Quantiser:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _encoded(weight: Weight, data: Bytes, first_row: int, format: Format) -> Bytes:
-    values = dequantise(data, weight.format).reshape(-1, weight.columns)
-    if format is not F32:
-        _require_possible(weight, values, first_row, format)
-    return quantise(values, format).reshape(-1)
 
 
 def _require_possible(weight: Weight, values: Floats, first_row: int, format: Format) -> None:
