@@ -224,6 +224,24 @@ def test_real_tokenizers_give_the_same_ids_from_the_file(
     assert written.stop >= theirs.stop
 
 
+def test_a_sentencepiece_vocabulary_in_tokenizer_json_keeps_its_ids(conformance: Path, tmp_path: Path) -> None:
+    """Merges by list, as transformers saves Llama's tokenizer, become scores."""
+    source = with_tokenizer(conformance, tmp_path, "llama2-spm")
+    engine = Tokenizer.from_folder(source).vocabulary.engine
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    engine.decoder = decoders.Sequence(steps)
+    engine.save(str(source / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(names))
+    written, theirs = written_keys(source, tmp_path), Tokenizer.from_folder(source)
+    found = open_gguf(tmp_path / "model.gguf").metadata
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.unknown_token_id"]) == ("llama", 0)
+    assert found["tokenizer.ggml.token_type"][:4].tolist() == [2, 3, 3, 6]
+    for text in json.loads((conformance / "tokenizers" / "golden_libllama.json").read_text())["texts"]:
+        assert written.encode(text) == theirs.encode(text)
+        assert written.decode(written.encode(text)) == text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -98,7 +98,7 @@ def convert(
 def _files(source: Source) -> Iterator[Path]:
     """What must not be overwritten."""
     if source.path.is_dir():
-        yield from source.path.iterdir()
+        yield from (file for file in source.path.iterdir() if file.suffix != ".gguf")
     else:
         yield source.path
         yield from source.path.parent.glob("*.gguf") if source.metadata.get("split.count", 1) != 1 else ()
