@@ -17,6 +17,7 @@ from localmoe.tokenizer import END_OF_TURN, Tokenizer
 from localmoe.vocabulary import Kind, byte_level_bpe
 
 KEY = "tokenizer.ggml."
+UNMERGED = 10**6  # behind every rank
 # Text on which pre-tokenizers differ: contractions in both cases, digits, spaces and line ends before and between
 # words, marks, scripts with and without case, signs beside letters, code.
 PROBES = (
@@ -43,11 +44,7 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int, architecture: 
     `pretokenizers`, or the file's tokens would be others than the folder's.
     """
     vocabulary = tokenizer.vocabulary
-    state, pieces, kinds = (
-        json.loads(vocabulary.engine.to_str()),
-        vocabulary.pieces,
-        [int(kind) for kind in vocabulary.kinds],
-    )
+    state, pieces = json.loads(vocabulary.engine.to_str()), vocabulary.pieces
     if len(pieces) > rows:
         raise UnsupportedError(f"{folder}: {len(pieces)} tokens, and the model has rows for {rows}")
     if state["model"]["type"] != "BPE":
@@ -56,7 +53,7 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int, architecture: 
         )
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ", 1)) for pair in state["model"]["merges"]]
     tokens = [piece or f"[PAD{id}]" for id, piece in enumerate(pieces)]
-    kinds = [kind if piece else int(Kind.UNUSED) for piece, kind in zip(pieces, kinds, strict=True)]
+    kinds = [int(kind if piece else Kind.UNUSED) for piece, kind in zip(pieces, vocabulary.kinds, strict=True)]
     tokens += [f"[PAD{id}]" for id in range(len(tokens), rows)]
     kinds += [int(Kind.UNUSED)] * (rows - len(kinds))
     unknown = next((id for id, piece in enumerate(pieces) if piece and piece == state["model"].get("unk_token")), None)
@@ -76,11 +73,12 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int, architecture: 
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Scores that put the pieces in the order of the merges: SentencePiece's rule is "best score first"."""
+    """Scores that put the pieces in the order of the merges: SentencePiece's rule is "best score first". What no merge
+    makes, single characters but for special tokens, never competes."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
-    return [float(-ranks[token]) if token in ranks else -1e6 if len(token) > 1 else 0.0 for token in tokens]
+    return [float(-ranks.get(token, UNMERGED if len(token) > 1 else 0)) for token in tokens]
 
 
 def _special(tokenizer: Tokenizer, unknown: int | None) -> dict[str, Any]:

@@ -25,8 +25,8 @@ _SHORT = {"q3_k": "q3_K_M", "q4_k": "q4_K_M", "q5_k": "q5_K_M"}
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 # Small and delicate: left alone whatever the type.
 _KEPT = re.compile(
-    r".*_norm\.weight|.*ffn_gate_inp\.weight|position_embd\.weight|token_types\.weight|.*ssm_conv1d\.weight"
-    r"|.*shortconv\.conv\.weight|rope_.*"
+    r".*(_norm|ffn_gate_inp|ffn_gate_tid2eid|ssm_conv1d|shortconv\.conv|attn_rel_b|indexer\.[kq]_proj)\.weight"
+    r"|(position_embd|token_types|rope_.*)\.weight|.*(altup|laurel|per_layer_model_proj|time_mix_).*"
 )
 _VALUES = re.compile(r".*\.attn_(v|qkv|kv_b)\.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from localmoe.errors import DeviceError, SettingError, UnsupportedError
-from localmoe.formats import F32, Format, Weight
+from localmoe.formats import BF16, F16, F32, Format, Weight
 from localmoe.kernels.program import Progress
 from localmoe.loader.source import LazyWeights, Source, shown
 from localmoe.memory import available_nbytes, readable_size
@@ -33,7 +34,7 @@ class Planned:
 
     @property
     def elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +77,8 @@ def plan(source: Source, kind: FileType, *, requantise: bool = False) -> Plan:
     tensors: dict[str, Planned] = {}
     for name, tensor in known.items():
         wanted = chosen.get(name, F32 if source.kind == "folder" else tensor.found)
+        if tensor.found.elements == 1 and tensor.found not in (F32, F16, BF16):  # whole numbers: a table, no weights
+            wanted = tensor.found
         if tensor.found.elements > 1 and not requantise:
             if source.kind == "gguf" and wanted is not tensor.found:
                 again = f"tensor {shown(name)} is {tensor.found.name} already; as {wanted.name} it loses once more"
