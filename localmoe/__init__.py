@@ -23,6 +23,7 @@ def load(
     lazy: str = "auto",
     context: int | None = None,
     kv_format: str = "f16",
+    quantize: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadedModel:
     """Open a GGUF file or a Hugging Face folder.
@@ -31,11 +32,19 @@ def load(
     weights when first used, "auto" ahead of that in the background as well, where they fit the memory, "off" reads them
     all now. `context`: tokens that the KV cache holds; None takes the
     trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16" or "q8_0" (8 bits and a scale
-    for 32 values, about half the memory of f16). `progress(what, done, total)` hears of anything that takes time.
+    for 32 values, about half the memory of f16). `quantize`: a file type such as "q4_K_M", to which the weights of a
+    folder are quantised on loading. `progress(what, done, total)` hears of anything that takes time.
     Raises children of `localmoe.errors.LocalMoeError`.
     """
     from localmoe.notebook import LoadedModel
 
     return LoadedModel(
-        path, device=device, threads=threads, lazy=lazy, context=context, kv_format=kv_format, progress=progress
+        path,
+        device=device,
+        threads=threads,
+        lazy=lazy,
+        context=context,
+        kv_format=kv_format,
+        quantize=quantize,
+        progress=progress,
     )

@@ -5,21 +5,21 @@ Imports nothing heavy at the top: `localmoe --help` and a mistyped flag should a
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from localmoe.errors import LocalMoeError, SettingError
-from localmoe.settings import SETTINGS, SamplingSettings, is_whole
+from localmoe.sampling_flags import with_sampling_flags
+from localmoe.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from localmoe.model import Model
@@ -61,40 +61,11 @@ KeyValueFormat = Annotated[
     Literal["f32", "f16", "q8_0"],
     typer.Option("--kv", help="Format of the KV cache: f32, f16, or q8_0 (8 bits, about half the memory of f16)."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="TYPE", help="Of a folder: quantise its weights on loading: q4_K_M, q8_0 …"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def with_sampling_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command a flag for each sampling setting; those given reach it as its last parameter, `sampling`."""
-    flags = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                int | None if is_whole(name) else float | None,
-                typer.Option(
-                    help=f"{setting.metadata['help']} (default {setting.default:g}{or_recommended(name)})",
-                    rich_help_panel="Sampling",
-                ),
-            ],
-        )
-        for name, setting in SETTINGS.items()
-    ]
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        given = {name: values.pop(name) for name in SETTINGS}
-        command(**values, sampling={name: value for name, value in given.items() if value is not None})
-
-    own = inspect.signature(command, eval_str=True)
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "sampling"]
-    run.__signature__ = own.replace(parameters=[*parameters, *flags])  # type: ignore[attr-defined]
-    return run
-
-
-def or_recommended(name: str) -> str:
-    return " unless the model says" if name in SamplingSettings.FILE_KEYS.values() else ""
 
 
 def print_version(wanted: bool) -> None:
@@ -129,6 +100,7 @@ def chat(
     device: DeviceName = "cpu",
     lazy: Lazy = "auto",
     kv: KeyValueFormat = "f16",
+    quantize: Quantize = None,
     sampling: dict[str, float] | None = None,
 ) -> None:
     """Talk to a model in the terminal."""
@@ -138,7 +110,8 @@ def chat(
     from localmoe.repl.talk import Talk
 
     screen = Screen()
-    with opened(screen, model, context=context, threads=threads, device=device, lazy=lazy, kv_format=kv) as found:
+    how = {"context": context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
+    with opened(screen, model, quantize=quantize, **how) as found:
         session = open_session(found, template, system, sampling)
         greet(screen, found, session)
         converse(Talk(session, screen), open_reader(screen.is_terminal, session.prepare))
@@ -157,6 +130,7 @@ def run(
     device: DeviceName = "cpu",
     lazy: Lazy = "auto",
     kv: KeyValueFormat = "f16",
+    quantize: Quantize = None,
     sampling: dict[str, float] | None = None,
 ) -> None:
     """Print one answer and nothing else."""
@@ -167,7 +141,8 @@ def run(
     if not text.strip():
         raise SettingError('run needs a prompt: -p "…", or text piped in')
     screen = Screen()
-    with opened(screen, model, context=context, threads=threads, device=device, lazy=lazy, kv_format=kv) as found:
+    how = {"context": context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
+    with opened(screen, model, quantize=quantize, **how) as found:
         if raw:
             complete(screen, found, text, settings_for(found, sampling))
         else:
@@ -183,6 +158,7 @@ def inspect_model(
     program: Annotated[bool, typer.Option("--program", help="List the operations of one step.")] = False,
     context: Context = None,
     kv: KeyValueFormat = "f16",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a model is, what it needs and whether it fits this machine."""
@@ -193,8 +169,8 @@ def inspect_model(
     if path is None or (config and model):
         raise SettingError("inspect needs one of MODEL and --config FILE")
     screen = Screen()
-    sections = inspection.report(path, context=context, kv_format=kv)
-    header, rows = inspection.program_table(path) if program else ([], [])
+    sections = inspection.report(path, context=context, kv_format=kv, quantize=quantize)
+    header, rows = inspection.program_table(path, quantize) if program else ([], [])
     if as_json:
         found: dict[str, Any] = {title: dict(entries) for title, entries in sections}
         if program:
@@ -206,6 +182,33 @@ def inspect_model(
         screen.rows([("  " + key, value) for key, value in entries])
     if program:
         screen.rows(rows, header)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.", show_default=False)],
+    type: Annotated[
+        str, typer.Option("--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q6_K, q5_K_M, q4_K_M, q3_K_M, q2_K …")
+    ] = "q4_K_M",
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantise once more what is quantised already.")
+    ] = False,
+) -> None:
+    """Write a model as one GGUF file, which llama.cpp opens too.
+
+    Types have llama.cpp's names, and each tensor gets the format that llama-quantize would give it.
+    """
+    from localmoe.conversion.convert import convert as write
+    from localmoe.repl.render import Screen
+
+    screen = Screen()
+    with screen.progress(f"reading {model.name}") as bar:
+        again = allow_requantize
+        written = write(model, out, type, threads=threads, force=force, allow_requantize=again, progress=bar)
+    screen.line(written.summary)
 
 
 @app.command()
@@ -221,6 +224,7 @@ def bench(
     kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache: f32, f16, q8_0.")] = "f16",
     lazy: Annotated[str, typer.Option("--lazy", help="Loading modes: auto, mmap, off.")] = "auto",
     device: DeviceName = "cpu",
+    quantize: Quantize = None,
     ops: Annotated[
         bool, typer.Option("--ops", help="Instead of the tests: where a step's time goes, op by op.")
     ] = False,
@@ -243,7 +247,7 @@ def bench(
     from localmoe.repl.render import Screen
 
     how = {"prompt": prompt, "generate": generate, "depth": depth, "threads": threads, "kv": kv, "lazy": lazy}
-    asked, screen = request.read_request(model, **how, device=device, repeat=repeat), Screen()
+    asked, screen = request.read_request(model, **how, device=device, repeat=repeat, quantize=quantize), Screen()
     if ops and against:
         raise SettingError("--ops looks into localmoe alone; leave --against out")
     with screen.progress("measuring") as bar:

@@ -12,9 +12,10 @@ from localmoe.formats import Weight
 from localmoe.kernels.open import cache_format
 from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
-from localmoe.loader.source import PlannedTensors, Source
+from localmoe.loader.source import PlannedTensors
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
 from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.quantisation.planning import plan_folder
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -59,9 +60,11 @@ def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
     return Needed(cache - states, working, _vocabulary_nbytes(network), states=states)
 
 
-def report(path: str | Path, context: int | None = None, kv_format: str = "f16") -> list[Section]:
+def report(
+    path: str | Path, context: int | None = None, kv_format: str = "f16", quantize: str | None = None
+) -> list[Section]:
     """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
-    network = Network(_opened(path))
+    network = _opened(path, quantize)
     program = network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
     asked = context or min(network.trained_context, DEFAULT_CONTEXT)
@@ -73,9 +76,9 @@ def report(path: str | Path, context: int | None = None, kv_format: str = "f16")
     ]
 
 
-def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def program_table(path: str | Path, quantize: str | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
-    program = Network(_opened(path)).program(1)
+    program = _opened(path, quantize).program(1)
     header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
     rows: list[tuple[str, ...]] = [
         (
@@ -92,12 +95,14 @@ def program_table(path: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ..
     return header, rows
 
 
-def _opened(path: str | Path) -> Source:
-    """The model, or a plan of it where there are settings and no weights."""
+def _opened(path: str | Path, quantize: str | None) -> Network:
+    """The network of a model, of a plan where there are settings and no weights; of a folder that is to be quantised on
+    loading, as it will be."""
     from localmoe.loader.planning import is_plan, open_plan  # late: models themselves need none of it
 
     path = Path(path).expanduser()
-    return open_plan(path) if is_plan(path) else open_source(path)
+    source = open_plan(path) if is_plan(path) else open_source(path)
+    return Network(plan_folder(source, quantize).unread() if quantize else source)
 
 
 def _model(network: Network) -> list[tuple[str, str]]:

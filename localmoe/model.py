@@ -85,9 +85,11 @@ class Model:
         lazy: str = "auto",
         context: int | None = None,
         kv_format: str = "f16",
+        quantize: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Open a GGUF file or a Hugging Face folder. `progress` hears (what, done, total) of anything that takes time.
+        `quantize`: the weights of a folder are quantised to that file type first, as `localmoe convert` writes them.
 
         Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does
         not fit.
@@ -95,7 +97,15 @@ class Model:
         if lazy not in LAZY_MODES:
             raise SettingError(f"loading mode {lazy!r} is not known; these are: {', '.join(LAZY_MODES)}")
         self.source = open_source(path)
-        self.network = Network(self.source)
+        if quantize is None:
+            self.network = Network(self.source)
+        else:
+            from localmoe.quantisation.planning import plan_folder, quantised  # a usual start need not wait for it
+            from localmoe.quantisation.quantiser import Quantiser
+
+            with Quantiser(threads, progress) as quantiser:
+                self.source = quantised(plan_folder(self.source, quantize), quantiser, progress)
+                self.network = Network(self.source)  # which asks for every tensor
         self.path = self.source.path
         self.context = self._fitting_context(context, kv_format)
         self.chunk = min(CHUNK, self.context)

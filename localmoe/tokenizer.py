@@ -156,6 +156,11 @@ class Tokenizer:
             add_eos=said.get("add_eos_token", add_eos),
         )
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its parts, for what writes them elsewhere."""
+        return self._vocabulary
+
     def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]:
         """Token ids of `text`. `special`: control tokens written in it are recognised; else they are plain text.
 

@@ -120,7 +120,9 @@ def test_chat_greets_talks_and_closes(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe_in(monkeypatch, "hello\n/exit\n")
-    assert call("chat", "x.gguf", "--context", "64", "-t", "2", "--lazy", "off", "--kv", "q8_0") == 0
+    assert (
+        call("chat", "x.gguf", "--context", "64", "-t", "2", "--lazy", "off", "--kv", "q8_0", "--quantize", "q6_K") == 0
+    )
     assert capsys.readouterr().out.splitlines() == [
         "fake-moe · fake · 1.23 MB · context 512 · 2 threads · /help for commands",
         "(sampling as the model recommends: temperature 0)",
@@ -128,7 +130,7 @@ def test_chat_greets_talks_and_closes(
         "Hi there.",
         "",
     ]
-    how = {"context": 64, "threads": 2, "device": "cpu", "lazy": "off", "kv_format": "q8_0"}
+    how = {"context": 64, "threads": 2, "device": "cpu", "lazy": "off", "kv_format": "q8_0", "quantize": "q6_K"}
     assert model.opened == {"path": Path("x.gguf"), **how}
     assert model.closed
 
@@ -235,8 +237,8 @@ def test_inspect_plans_from_settings_and_wants_one_thing(tmp_path: Path, capsys:
 
 def test_inspect_prints_sections_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = SimpleNamespace(
-        report=lambda path, context, kv_format: [("Model", [("KV", kv_format), ("context", str(context))])],
-        program_table=lambda path: (["op", "bytes"], [["embed", "12"], ["linear", "3400"]]),
+        report=lambda path, context, kv_format, quantize: [("Model", [("KV", kv_format), ("context", str(context))])],
+        program_table=lambda path, quantize: (["op", "bytes"], [["embed", "12"], ["linear", "3400"]]),
     )
     monkeypatch.setitem(sys.modules, "localmoe.inspection", told)
     monkeypatch.setattr(localmoe, "inspection", told, raising=False)

@@ -397,6 +397,19 @@ def test_quick_work_shows_no_bar_and_slow_work_shows_one() -> None:
     assert "\x1b[2K" in told, "the bar takes itself away"
 
 
+def test_what_changes_behind_a_comma_leaves_the_bar_in_place() -> None:
+    """Its time to go would begin anew with a new bar."""
+    bar = DelayedBar(screen(terminal=True).errors, "writing")
+    bar("writing q8_0, 10 M weights/s", 1, 4)
+    bar._show()
+    first = bar._task
+    bar("writing q8_0, 20 M weights/s", 2, 4)
+    assert bar._task == first
+    bar("reading, 3", 1, 4)
+    assert bar._task != first
+    bar.close()
+
+
 def test_off_a_terminal_there_is_never_a_bar() -> None:
     on = screen()
     with on.progress("opening") as bar:

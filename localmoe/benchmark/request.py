@@ -35,6 +35,7 @@ class Setting:
     kv: str = "f16"
     lazy: str = "auto"
     device: str = "cpu"
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def read_request(
     lazy: str = "auto",
     device: str = "cpu",
     repeat: int = 5,
+    quantize: str | None = None,
 ) -> Request:
     """Values with commas between; a `prompt` or `generate` of 0 leaves that test out, no `threads` means the physical
     cores. Raises SettingError for what is no such list, and where nothing is asked for."""
@@ -82,7 +84,7 @@ def read_request(
         raise SettingError("bench has nothing to measure: give -p or -n a number above 0")
     counts: Sequence[int | None] = numbers("--threads", threads, least=1) if threads else [None]
     formats, modes = words("--kv", kv, tuple(KV_FORMATS)), words("--lazy", lazy, LAZY_MODES)
-    settings = tuple(Setting(*chosen, device) for chosen in product(counts, formats, modes))
+    settings = tuple(Setting(*chosen, device, quantize) for chosen in product(counts, formats, modes))
     return Request(Path(path), tuple(tests), settings, repeat)
 
 

@@ -64,7 +64,13 @@ def run(request: Request, progress: Progress | None = None) -> Profiles:
     told = machine.description()
     found = []
     for setting in request.settings:
-        how = {"device": setting.device, "lazy": setting.lazy, "kv_format": setting.kv, "threads": setting.threads}
+        how = {
+            "device": setting.device,
+            "lazy": setting.lazy,
+            "kv_format": setting.kv,
+            "threads": setting.threads,
+            "quantize": setting.quantize,
+        }
         model = Model(request.path, context=request.context, progress=progress, **how)  # type: ignore[arg-type]
         try:
             device = model.device

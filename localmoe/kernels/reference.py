@@ -33,6 +33,8 @@ def dequantise(data: Bytes, format: Format) -> Floats:
         return data.view(np.float32)
     if format.name == "F16":
         return data.view(np.float16).astype(np.float32)
+    if format.name == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if format.name in _UNKNOWN_TO_GGUF:
         return _UNKNOWN_TO_GGUF[format.name](data.reshape(-1, format.nbytes)).reshape(-1)
     from gguf import GGMLQuantizationType, quants

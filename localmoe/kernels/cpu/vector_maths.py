@@ -103,6 +103,11 @@ def _floats(isa: Isa) -> dict[str, Any]:
         return (x, lambda b, p, q: b.select(b.fcmp_ordered(">", p, q), p, q)) if x == y else None
 
     @operation
+    def above(p: types.Type, q: types.Type, x: types.Type, y: types.Type) -> Defined:
+        """v.above(p, q, x, y): the lanes of x where p > q, of y elsewhere."""
+        return (x, lambda b, r, s, t, u: b.select(b.fcmp_ordered(">", r, s), t, u)) if p == q and x == y else None
+
+    @operation
     def exp(x: types.Type) -> Defined:
         return x, lambda b, p: exponential(b, isa, p)
 
@@ -113,7 +118,7 @@ def _floats(isa: Isa) -> dict[str, Any]:
 
     return {
         "fma": fma, "sqrt": sqrt, "absolute": absolute, "minimum": minimum, "maximum": maximum, "exp": exp, "nearest":
-        nearest,
+        nearest, "above": above,
     }  # fmt: skip
 
 
