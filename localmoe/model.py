@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from localmoe.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
-SCORE_CHUNK = 64  # all logits of a step are kept: 64 rows of a 150,000-token vocabulary are 38 MB
+SCORE_CHUNK, SCORE_NBYTES = 64, 1 << 27  # all logits of a scoring step are kept: at least 64 rows, at most 128 MB
 DEFAULT_CONTEXT = 8192
 LAZY_MODES = ("auto", "mmap", "off")
 
@@ -161,6 +161,12 @@ class Model:
         """The sampling settings that the file itself recommends (`general.sampling.*`)."""
         return recommended(self.metadata)
 
+    @property
+    def score_chunk(self) -> int:
+        """Tokens of a step that keeps all logits."""
+        rows: int = SCORE_NBYTES // (4 * self.network.config.vocabulary)
+        return min(self.chunk, max(SCORE_CHUNK, rows))
+
     def forward(
         self, tokens: Sequence[int], position: int, all_logits: bool = False, *, prompt: bool = False
     ) -> Floats:
@@ -181,7 +187,7 @@ class Model:
             )
         # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
         del self.cached[position:]
-        step = min(SCORE_CHUNK, self.context) if all_logits else self.chunk
+        step = self.score_chunk if all_logits else self.chunk
         decoding = ids.size == 1 and not all_logits and not prompt
         pieces = []
         for start in range(0, ids.size, step):

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("arch", "tokenizer", "template"),
     ("model",),
     ("engine",),
-    ("inspection", "benchmark", "session"),
+    ("inspection", "benchmark", "evaluation", "session"),
     ("notebook",),
     ("",),
     ("repl",),

@@ -13,11 +13,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from localmoe.cli import conversation, inspection, measurement
+from localmoe.cli import conversation, inspection, measurement, verification
 from localmoe.cli.command import app
 from localmoe.errors import LocalMoeError
 
-__all__ = ["app", "conversation", "inspection", "main", "measurement"]  # the modules add their commands to the app
+__all__ = [
+    "app",
+    "conversation",
+    "inspection",
+    "main",
+    "measurement",
+    "verification",
+]  # the modules add their commands to the app
 
 
 def print_version(wanted: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock, Timer
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 DELAY = 0.5  # seconds that work may take before a bar appears
+SLOWEST = 3600.0  # seconds between two steps of work that still tell how long the rest takes
 # C0 but for tab and newline, DEL, C1, lone surrogates, and the bidi overrides that make text read other than it is.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -96,6 +98,16 @@ class DelayedBar:
             self._state = (label, done, total)
             self._draw()
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """No bar inside a `with` block, which may print lines."""
+        with self._lock:
+            if self._bar:
+                self._bar.stop()
+            yield
+            if self._bar:
+                self._bar.start()
+
     def close(self) -> None:
         """Take the bar away; may be called twice."""
         self._timer.cancel()
@@ -116,7 +128,7 @@ class DelayedBar:
         )
         with self._lock:
             if not self._closed:
-                self._bar = Progress(*columns, console=self._console, transient=True)
+                self._bar = Progress(*columns, console=self._console, transient=True, speed_estimate_period=SLOWEST)
                 self._bar.start()
                 self._draw()
 
