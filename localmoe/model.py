@@ -14,7 +14,7 @@ from localmoe.arch.table import family
 from localmoe.errors import DeviceError, FileFormatError, SettingError
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
-from localmoe.kernels.program import Floats, Program, Progress, Tensor
+from localmoe.kernels.program import Floats, Program, Progress, Tensor, Watcher
 from localmoe.loader.checkpoint import Checkpoint
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
@@ -196,6 +196,16 @@ class Model:
             pieces.append(plan.run(piece, position + start))
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces) if all_logits else pieces[-1]
+
+    def watch(self, tokens: Sequence[int], see: Watcher) -> Floats:
+        """All logits (T, V) of a text that starts at position 0; `see` hears of every op, piece by piece."""
+        del self.cached[:]
+        pieces = []
+        for start in range(0, len(tokens), self.score_chunk):
+            piece = np.asarray(tokens[start : start + self.score_chunk], np.int32)
+            pieces.append(self._plan(self.score_chunk, all_rows=True).watch(piece, start, see))
+            self.cached.extend(piece.tolist())
+        return np.concatenate(pieces)
 
     def close(self) -> None:
         """Stop the device's threads and free the cache."""

@@ -1,21 +1,11 @@
-"""Cases of Mixture-of-Experts families, and how transformers' routers say which experts they chose; see
-`oracle_cases`."""
+"""Cases of Mixture-of-Experts families; see `oracle_cases`."""
 
 from __future__ import annotations
 
 from random import Random
 from typing import Any
 
-import numpy as np
 from oracle_cases import ROPES, Case, common, experts, grouped, latent
-
-ROUTERS = ("Router", "MoEV1Gate")  # endings of the names of transformers' classes
-
-
-def expert_ids(module: Any, outputs: Any) -> np.ndarray:
-    """The ids (T, k) among a router's outputs; Llama 4's gives scores and logits alone, the chosen are the best."""
-    found = [o for o in outputs if not o.is_floating_point()] or [outputs[-1].topk(module.top_k).indices]
-    return np.asarray(found[0])
 
 
 def chosen(r: Random, count: str = "num_local_experts") -> dict[str, Any]:

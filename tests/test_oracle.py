@@ -16,8 +16,9 @@ import pytest
 from families import chosen_experts, in_memory, logits, relative_error
 from oracle_cases import CASES, VOCABULARY, latent, yarn
 from oracle_dense import DENSE
-from oracle_mixtures import MIXTURES, ROUTERS, expert_ids
+from oracle_mixtures import MIXTURES
 
+from localmoe.evaluation.transformers_model import ROUTERS, expert_ids
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
 

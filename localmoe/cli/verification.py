@@ -14,6 +14,8 @@ from localmoe.cli.command import AsJson, DeviceName, KeyValueFormat, Lazy, Model
 if TYPE_CHECKING:
     from localmoe.evaluation.perplexity import Request
     from localmoe.evaluation.summary import Outcome
+    from localmoe.evaluation.transformers_model import StreamedModel
+    from localmoe.evaluation.verification import Verification
     from localmoe.model import Model
     from localmoe.repl.render import Screen
 
@@ -101,3 +103,65 @@ def show(screen: Screen, outcome: Outcome, asked: Request, model: Model, as_json
         screen.rows(summary.quantile_rows(outcome.scores), ("quantile", "KL divergence", "Δp"))
         screen.line()
     screen.line(outcome.final())
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="The Hugging Face folder that a GGUF file was made from.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text instead of the one that comes along.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, max=4096, help="Tokens of the text that are compared.")] = 128,
+    generate: Annotated[int, typer.Option("-n", "--generate", min=0, help="Tokens of greedy text.")] = 16,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Largest error; by default 1e-4, more where weights are quantised.")
+    ] = None,
+    threads: Threads = None,
+    device: DeviceName = "cpu",
+    kv: KeyValueFormat = "f32",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a model with transformers: logits, every layer, the experts chosen, greedy text.
+
+    transformers (the extra `oracle`) runs the folder in float32, one layer in memory at a time. Errors are root mean
+    squares of differences, as parts of its values. Exit status 1: an error is beyond the tolerance.
+    """
+    from localmoe.evaluation.transformers_model import StreamedModel, load_transformers
+    from localmoe.evaluation.verification import passage_ids, reference_folder
+    from localmoe.evaluation.verification import verify as compare
+    from localmoe.evaluation.windows import read_text
+    from localmoe.repl.render import Screen
+
+    screen = Screen()
+    right = reference_folder(model, folder)
+    passage = read_text(text) if text else None
+    load_transformers()
+    with opened(screen, model, context=tokens + generate, threads=threads, device=device, kv_format=kv) as found:
+        ids, is_text = passage_ids(found, passage, tokens)
+        with screen.progress("comparing") as bar:
+            oracle = StreamedModel(right, bar)
+            result = compare(found, oracle, ids, generate, tolerance, bar)
+        if as_json:
+            versions = {"model": str(model), "folder": str(right), "transformers": oracle.version}
+            print(json.dumps(versions | result.record(), indent=2, ensure_ascii=False))
+        else:
+            show_verification(screen, found, oracle, result, is_text)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def show_verification(screen: Screen, model: Model, oracle: StreamedModel, result: Verification, is_text: bool) -> None:
+    from localmoe.evaluation import findings
+
+    kind = "tokens of text" if is_text else "random tokens (there is no tokenizer)"
+    screen.notice(f"{model.name} beside transformers {oracle.version}: {result.tokens} {kind}")
+    columns = len(findings.HEADER) if findings.has_routers(result) else 2
+    screen.rows([row[:columns] for row in findings.layer_rows(result)], findings.HEADER[:columns])
+    screen.line()
+    decode = model.tokenizer.decode if is_text else None
+    screen.rows([*findings.logit_rows(result), *findings.greedy_rows(result, decode)])
+    screen.line()
+    screen.line(findings.verdict(result), "" if result.passed else "bold red")

@@ -16,7 +16,16 @@ from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering
 from localmoe.kernels.cpu.team import Team
-from localmoe.kernels.program import CacheLayer, Floats, Program, Progress, RopeTable, cache_row
+from localmoe.kernels.program import (
+    CacheLayer,
+    Floats,
+    Program,
+    Progress,
+    RopeTable,
+    Tensor,
+    Watcher,
+    cache_row,
+)
 
 ALIGNMENT = 64
 CHUNK_ENTRIES = 16  # of a chunk's tape in one native call: about a layer
@@ -157,13 +166,36 @@ class CpuPlan:
             self._device.threads_run(self._tape[start : start + entries])
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
+    def watch(self, tokens: npt.NDArray[np.int32], position: int, see: Watcher) -> Floats:
+        assert self._program.tokens > 1, "in a step of one token threads have copies of their own"
+        self._input[: tokens.size] = tokens
+        self._control[0], self._control[1] = tokens.size, position
+        owners = np.asarray(self.owners())
+        for i, op in enumerate(self._program.ops):
+            for entry in np.flatnonzero(owners == i):
+                self.run_entry(int(entry))
+            inputs, outputs = ([self._view(t, tokens.size) for t in tensors] for tensors in (op.inputs, op.outputs))
+            see(op, inputs, outputs)
+        return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
+
     def entries(self) -> list[str]:
         """The kernel of each tape entry."""
         return [name for name, _ in self._kept._entries]
 
+    def owners(self) -> list[int]:
+        """The op of each tape entry, by its number in the Program."""
+        return self._kept.owners
+
     def run_entry(self, index: int) -> None:
         """Run one entry by itself, for the step that `run` was last called for; in order, they are that step again."""
         self._device.threads_run(self._tape[index : index + 1])
+
+    def _view(self, tensor: Tensor, tokens: int) -> npt.NDArray[Any]:
+        """A tensor of the step that runs, where it stands in the arena."""
+        shape = (min(tensor.shape[0], tokens), *tensor.shape[1:])
+        kind = np.dtype(np.float32 if tensor.dtype == "f32" else np.int32)
+        flat = self._arena[self._kept.offset(tensor) :].view(kind)[tensor.offset :]
+        return np.lib.stride_tricks.as_strided(flat, shape, tuple(4 * s for s in tensor.strides))
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         return self._arena[offset : offset + count * kind.itemsize].view(kind)
