@@ -397,6 +397,21 @@ def test_quick_work_shows_no_bar_and_slow_work_shows_one() -> None:
     assert "\x1b[2K" in told, "the bar takes itself away"
 
 
+def test_a_bar_makes_room_for_lines_and_comes_back() -> None:
+    on = screen(terminal=True)
+    bar = DelayedBar(on.errors, "chunks")
+    with bar.away():
+        assert bar._bar is None
+    bar._show()
+    shown = bar._bar
+    assert shown is not None
+    with bar.away():
+        assert not shown.live.is_started
+        assert on.errors.file.getvalue().endswith("\x1b[2K"), "the line is free"
+    assert shown.live.is_started
+    bar.close()
+
+
 def test_off_a_terminal_there_is_never_a_bar() -> None:
     on = screen()
     with on.progress("opening") as bar:

@@ -1,4 +1,4 @@
-"""`localmoe verify`: both sides of a comparison, what it says and how it ends; transformers itself where there is one."""
+"""`localmoe verify`: both sides of a comparison, what it says and how it ends; transformers itself where it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle_cases import CASES
+from oracle_mixtures import gpt_oss, save_as_mxfp4
 from tiny_models import deepseek2, qwen3moe
 
 from localmoe.cli import main
@@ -327,6 +328,48 @@ def test_never_more_than_a_layer_is_in_memory(name: str, folders: Callable[[str]
     assert held == [sum(w.numel() for w in layer.parameters()) for layer in streamed._layers.values()]
     assert all(w.is_meta for w in model.parameters())
     assert np.array_equal(streamed.run(list(range(20))).logits, first.logits)
+
+
+@pytest.mark.oracle
+def test_experts_in_mxfp4_are_unpacked_by_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the reference device, which rounds no inputs to 8 bits."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from test_oracle import random_model
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    config = transformers.GptOssConfig(**gpt_oss(Random(3), "yarn, not truncated") | sizes)
+    save_as_mxfp4(random_model(transformers, config, 0), torch.Generator().manual_seed(3), tmp_path)
+    assert call(tmp_path, "--device", "reference", "--tolerance", 1e-5, "--tokens", 40, "-n", 4, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["formats"] == ["F32", "MXFP4"]
+
+
+@pytest.mark.oracle
+def test_float8_weights_are_scaled_by_transformers(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """DeepSeek's blocks with a scale each, against the same folder in float32."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    from localmoe.evaluation.transformers_model import StreamedModel
+
+    folder = folders("llama")
+    config = json.loads((folder / "config.json").read_text())
+    stored, packed = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        rows, columns = stored[name].shape
+        blocks = stored[name].view(rows // 8, 8, columns // 8, 8)
+        scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
+        small = (blocks / scale).to(torch.float8_e4m3fn)
+        stored[name] = (small.float() * scale).reshape(rows, columns)
+        packed |= {name: small.reshape(rows, columns), f"{name}_scale_inv": scale.reshape(rows // 8, columns // 8)}
+    said = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+    for kind, tensors, settings in (("f32", stored, {}), ("fp8", stored | packed, {"quantization_config": said})):
+        (tmp_path / kind).mkdir()
+        save_file(tensors, tmp_path / kind / "model.safetensors")
+        (tmp_path / kind / "config.json").write_text(json.dumps(config | settings))
+    found = [StreamedModel(tmp_path / kind).run(list(range(20))).logits for kind in ("f32", "fp8")]
+    assert np.array_equal(*found)
+    assert len(packed) == 2 * 7 * 3
 
 
 @pytest.mark.oracle

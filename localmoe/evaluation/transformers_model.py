@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localmoe.errors import FileFormatError, UnsupportedError
+from localmoe.errors import FileFormatError, LocalMoeError, UnsupportedError
 from localmoe.evaluation.windows import Ids
 from localmoe.kernels.program import Floats, Progress
 from localmoe.loader.safetensors import read_shards
@@ -26,6 +26,7 @@ from localmoe.loader.source import listed, shown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+DEQUANTIZED = ("fp8", "mxfp4")
 ROUTERS = ("Router", "MoEV1Gate")  # endings of the names of transformers' router classes
 
 
@@ -54,22 +55,20 @@ def load_transformers() -> Any:
 
 
 class StreamedModel:
-    """transformers' model of a folder. `device` of all numbers is the CPU."""
+    """transformers' model of a folder, on the CPU."""
 
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
-        """Raises UnsupportedError for what transformers does not know or is quantised, FileFormatError for a broken
-        folder."""
+        """Raises UnsupportedError for what transformers does not know, or weights quantised otherwise than DEQUANTIZED;
+        FileFormatError for a broken folder."""
         transformers = load_transformers()
         self.folder, self.version, self._progress = folder, str(transformers.__version__), progress
         self.entries, _ = read_shards(folder)
         with refused(folder):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            raise UnsupportedError(f"{folder}: its weights are quantised; verify wants F32, F16 or BF16 in the folder")
-        with refused(folder):
-            self._model = built(transformers, config)
+            quantizer = dequantizer(config, folder)
+            self._model = built(transformers, config, quantizer)
+            self._load = PartLoader(self._model, folder, {entry.path for entry in self.entries.values()}, quantizer)
         self._layers = decoder_layers(self._model)
-        self._load = PartLoader(self._model, folder, {entry.path for entry in self.entries.values()})
         embedding = self._model.get_input_embeddings()
         self._embedding = next(name for name, module in self._model.named_modules() if module is embedding)
         self._hook()
@@ -116,7 +115,25 @@ def expert_ids(module: Any, outputs: Any) -> Ids:
     return np.asarray(found[0], np.int32)
 
 
-def built(transformers: Any, config: Any) -> Any:
+def dequantizer(config: Any, folder: Path) -> Any:
+    """What turns quantised weights into floats while they are loaded, None where they are not quantised."""
+    said = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if said is None:
+        return None
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    method = said.get("quant_method") if isinstance(said, dict) else said.quant_method
+    if method not in DEQUANTIZED:
+        known = ", ".join(DEQUANTIZED)
+        raise UnsupportedError(f"{folder}: weights quantised by {shown(method)}; verify can compare floats, {known}")
+    config.quantization_config = AutoHfQuantizer.merge_quantization_configs(said, None)
+    config.quantization_config.dequantize = True
+    return AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+
+
+def built(transformers: Any, config: Any, quantizer: Any) -> Any:
     """The model without weights; what is computed and not stored (rope's frequencies) is there."""
     import torch
 
@@ -128,6 +145,8 @@ def built(transformers: Any, config: Any) -> Any:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=torch.float32
             )
+        if quantizer:
+            quantizer.preprocess_model(model=model, dtype=torch.float32, device_map=None, use_kernels=False)
     model = model.eval().requires_grad_(False)
     # As `from_pretrained` does for what no checkpoint holds.
     model._move_missing_keys_from_meta_to_device(set(), None, None, None)
@@ -168,13 +187,13 @@ def parts(model: Any, layers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 class PartLoader:
     """Gives a part of the model its tensors, and takes them away."""
 
-    def __init__(self, model: Any, folder: Path, files: set[Path]) -> None:
+    def __init__(self, model: Any, folder: Path, files: set[Path], quantizer: Any) -> None:
         from safetensors import safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        self._model, self._folder = model, folder
-        self._mapping = get_model_conversion_mapping(model)
+        self._model, self._folder, self._quantizer = model, folder, quantizer
+        self._mapping = get_model_conversion_mapping(model, None, quantizer)
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         wanted = model.state_dict()
@@ -200,7 +219,9 @@ class PartLoader:
         ties = {name: self._tied[name] for name in names if name not in self._sources and name in self._tied}
         inside = (f"{part}.", *ties.values())
         tensors = {key: get() for name, made in self._sources.items() if name.startswith(inside) for key, get in made}
-        settings = LoadStateDictConfig(dtype=self._model.dtype, weight_mapping=self._mapping)
+        settings = LoadStateDictConfig(
+            dtype=self._model.dtype, weight_mapping=self._mapping, hf_quantizer=self._quantizer
+        )
         info, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
         wrong = [f"{shown(name)} has shape {tuple(a)}, expected {tuple(b)}" for name, a, b in info.mismatched_keys]
         wrong += [f"{shown(name)}: {error}" for name, error in info.conversion_errors.items()]
@@ -231,9 +252,11 @@ class PartLoader:
 
 @contextmanager
 def refused(folder: Path) -> Iterator[None]:
-    """What transformers raises for a folder, as one line."""
+    """What transformers raises for a folder, which may be anything, as one line."""
     try:
         yield
-    except (ValueError, KeyError, OSError, AttributeError, ImportError, RuntimeError) as error:
+    except (LocalMoeError, MemoryError):
+        raise
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(f"{folder}: transformers cannot run it: {first}") from error

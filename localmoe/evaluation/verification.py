@@ -20,6 +20,7 @@ from localmoe.model import Model
 FLOAT_BITS = {"F32": 24, "F16": 11, "BF16": 8}  # of a significand
 EXACT = 1e-4  # float32 in another order gives about 1e-6
 STEPS = 8
+INPUT_BITS = 6  # what 8-bit inputs of quantised weights keep beside outliers
 LARGEST = 0.7  # values that have nothing to do with each other have an error of 1.4
 # Where no text is given: any text does, as long as it is one.
 PASSAGE = """\
@@ -216,11 +217,14 @@ def matrix_formats(model: Model) -> set[Format]:
 
 def default_tolerance(model: Model, oracle: StreamedModel) -> float:
     """EXACT for float weights that lose nothing of the folder's. Otherwise STEPS of the coarsest format, as the errors
-    of many matrices add up, and those of 8-bit inputs with them: a small model of five layers has 3 to 4."""
-    own = min(FLOAT_BITS.get(f.name) or 8 * f.nbytes // f.elements for f in matrix_formats(model))
-    right = min(FLOAT_BITS[entry.dtype] for entry in oracle.entries.values() if entry.dtype in FLOAT_BITS)
-    floats = all(found.name in FLOAT_BITS for found in matrix_formats(model))
-    return EXACT if floats and own >= right else min(STEPS * 2.0**-own, LARGEST)
+    of many matrices add up: a small model of five layers has 3 to 4."""
+    formats = matrix_formats(model)
+    own = min(FLOAT_BITS.get(f.name) or 8 * f.nbytes // f.elements for f in formats)
+    right = min((FLOAT_BITS[e.dtype] for e in oracle.entries.values() if e.dtype in FLOAT_BITS), default=0)
+    if own >= right and all(found.name in FLOAT_BITS for found in formats):
+        return EXACT
+    bits = INPUT_BITS if model.source.kind == "folder" else min(own, INPUT_BITS)  # a folder's own blocks lose nothing
+    return min(STEPS * 2.0**-bits, LARGEST)
 
 
 def relative_error(found: npt.ArrayLike, right: npt.ArrayLike) -> float:
