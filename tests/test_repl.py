@@ -412,6 +412,21 @@ def test_a_bar_makes_room_for_lines_and_comes_back() -> None:
     bar.close()
 
 
+def test_a_label_that_changes_keeps_the_time_left_and_other_work_begins_anew() -> None:
+    bar = DelayedBar(screen(terminal=True).errors, "chunks")
+    bar._show()
+    tasks = []
+    for label, done, total in (("PPL 7", 1, 9), ("PPL 6", 2, 9), ("reading", 1, 9), ("writing", 2, 8)):
+        bar(label, done, total)
+        assert bar._bar is not None
+        (task,) = bar._bar.tasks
+        assert (task.description, task.completed, task.total) == (label, done, total)
+        tasks.append(task.id)
+    bar.close()
+    assert tasks[0] == tasks[1]
+    assert len(set(tasks)) == 3
+
+
 def test_off_a_terminal_there_is_never_a_bar() -> None:
     on = screen()
     with on.progress("opening") as bar:

@@ -357,12 +357,12 @@ def test_float8_weights_are_scaled_by_transformers(folders: Callable[[str], Path
     stored, packed = load_file(folder / "model.safetensors"), {}
     for name in [name for name in stored if name.endswith("_proj.weight")]:
         rows, columns = stored[name].shape
-        blocks = stored[name].view(rows // 8, 8, columns // 8, 8)
+        blocks = stored[name].view(rows // 4, 4, columns // 4, 4)
         scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
         small = (blocks / scale).to(torch.float8_e4m3fn)
         stored[name] = (small.float() * scale).reshape(rows, columns)
-        packed |= {name: small.reshape(rows, columns), f"{name}_scale_inv": scale.reshape(rows // 8, columns // 8)}
-    said = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+        packed |= {name: small.reshape(rows, columns), f"{name}_scale_inv": scale.reshape(rows // 4, columns // 4)}
+    said = {"quant_method": "fp8", "weight_block_size": [4, 4], "activation_scheme": "dynamic"}
     for kind, tensors, settings in (("f32", stored, {}), ("fp8", stored | packed, {"quantization_config": said})):
         (tmp_path / kind).mkdir()
         save_file(tensors, tmp_path / kind / "model.safetensors")
@@ -390,7 +390,7 @@ def broken_folder(folders: Callable[[str], Path], tmp_path: Path) -> Path:
     ("change", "error", "said"),
     [
         ({"model_type": "unheard_of"}, UnsupportedError, "transformers cannot run it"),
-        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedError, "weights are quantised"),
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedError, "weights quantised by 'awq'"),
         ({"hidden_size": 17}, (UnsupportedError, FileFormatError), "transformers"),
         ({"num_hidden_layers": 4}, FileFormatError, "finds no weights for 'model.layers.3.self_attn.q_proj.weight'"),
     ],

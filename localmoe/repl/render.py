@@ -74,7 +74,7 @@ class DelayedBar:
     def __init__(self, console: Console, label: str) -> None:
         self._console = console
         self._state = (label, 0, 0)
-        self._drawn = ""
+        self._drawn = (0, 0)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._closed = False
@@ -136,12 +136,12 @@ class DelayedBar:
         if self._bar is None:
             return
         label, done, total = self._state
-        if self._task is None or label != self._drawn:
+        if self._task is None or total != self._drawn[1] or done < self._drawn[0]:  # other work, with a time of its own
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(visible(label), total=total or None, completed=done)
-            self._drawn = label
-        self._bar.update(self._task, completed=done, total=total or None)
+        self._drawn = (done, total)
+        self._bar.update(self._task, description=visible(label), completed=done, total=total or None)
 
 
 class Screen:
