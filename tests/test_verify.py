@@ -63,6 +63,26 @@ def test_watching_computes_what_running_does(path: Path, device: str) -> None:
     model.close()
 
 
+def test_both_devices_show_the_same_arrays(path: Path) -> None:
+    """Slices of a buffer among them, which begin behind its start."""
+    shown: list[list[Any]] = []
+    for device in ("cpu", "reference"):
+        arrays: list[Any] = []
+
+        def see(op: Op, inputs: list[Any], outputs: list[Any], arrays: list[Any] = arrays) -> None:
+            arrays += [array.copy() for array in (*inputs, *outputs)]
+
+        model = Model(path, device=device, context=128, kv_format="f32", threads=2)
+        model.watch(IDS[:20].tolist(), see)
+        program = model.network.program(2, all_rows=True)
+        model.close()
+        shown.append(arrays)
+    assert len(shown[0]) == sum(len(op.inputs) + len(op.outputs) for op in program.ops)
+    for mine, right in zip(*shown, strict=True):
+        assert mine.shape == right.shape
+        assert relative_error(mine, right) < 1e-4
+
+
 def test_both_devices_see_the_same_stream_and_choices(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "score_chunk", 64)  # two pieces
     found = []
