@@ -31,9 +31,9 @@ and keeps what was said; at an empty prompt, Ctrl+C twice, Ctrl+D or `/exit` lea
 is written after a space.
 """
 STATUS = """\
-0: done. 1: a bug; `localmoe --debug …` or `LOCALMOE_DEBUG=1` shows where. 2: something that the message lets you mend
-(a broken file, an unknown flag, a value out of range). 130: ended by Ctrl+C. What was asked for goes to standard
-output, errors and progress to standard error.
+0: done. 1: `verify` found a difference, or a bug; `localmoe --debug …` or `LOCALMOE_DEBUG=1` shows where. 2: something
+that the message lets you mend (a broken file, an unknown flag, a value out of range). 130: ended by Ctrl+C. What was
+asked for goes to standard output, errors and progress to standard error.
 """
 
 

@@ -15,7 +15,7 @@ from localmoe.errors import DeviceError, FileFormatError, SettingError
 from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
-from localmoe.kernels.program import Floats, Program, Progress, Tensor
+from localmoe.kernels.program import Floats, Program, Progress, Tensor, Watcher
 from localmoe.kernels.states import States
 from localmoe.loader.checkpoint import Checkpoint, summary
 from localmoe.loader.locate import open_source
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from localmoe.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
-SCORE_CHUNK = 64  # all logits of a step are kept: 64 rows of a 150,000-token vocabulary are 38 MB
+SCORE_CHUNK, SCORE_NBYTES = 64, 1 << 27  # all logits of a scoring step are kept: at least 64 rows, at most 128 MB
 DEFAULT_CONTEXT = 8192
 LAZY_MODES = ("auto", "mmap", "off")
 AHEAD = 0.75  # of the available memory may be weights that are read before they are used
@@ -190,6 +190,12 @@ class Model:
         """The sampling settings that the file itself recommends (`general.sampling.*`)."""
         return recommended(self.metadata)
 
+    @property
+    def score_chunk(self) -> int:
+        """Tokens of a step that keeps all logits."""
+        rows: int = SCORE_NBYTES // (4 * self.network.config.vocabulary)
+        return min(self.chunk, max(SCORE_CHUNK, rows))
+
     def forward(
         self, tokens: Sequence[int], position: int, all_logits: bool = False, *, prompt: bool = False
     ) -> Floats:
@@ -214,7 +220,7 @@ class Model:
         # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
         del self.cached[position:]
         self._states.forget(position)
-        step = min(SCORE_CHUNK, self.context) if all_logits else self.chunk
+        step = self.score_chunk if all_logits else self.chunk
         decoding = ids.size == 1 and not all_logits and not prompt
         pieces = []
         for start in range(0, ids.size, step):
@@ -229,6 +235,17 @@ class Model:
     def resumes(self, position: int) -> int:
         """The last position, of those up to `position`, from which a step goes on without running any token again."""
         return self._states.nearest(position)
+
+    def watch(self, tokens: Sequence[int], see: Watcher) -> Floats:
+        """All logits (T, V) of a text that starts at position 0; `see` hears of every op, piece by piece."""
+        del self.cached[:]
+        self._states.forget(0)
+        pieces = []
+        for start in range(0, len(tokens), self.score_chunk):
+            piece = np.asarray(tokens[start : start + self.score_chunk], np.int32)
+            pieces.append(self._plan(self.score_chunk, all_rows=True).watch(piece, start, see))
+            self.cached.extend(piece.tolist())
+        return np.concatenate(pieces)
 
     def close(self) -> None:
         """Stop the device's threads and free the cache."""

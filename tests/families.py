@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from localmoe.formats import FORMATS, Weight
 from localmoe.kernels.open import Device, open_device
+from localmoe.kernels.program import Op
 from localmoe.loader.source import Source
 from localmoe.model import Network
 
@@ -58,12 +59,14 @@ def greedy(network: Network, ids: Sequence[int], total: int, device: str = "refe
 def chosen_experts(network: Network, ids: Sequence[int]) -> list[tuple[Array, Array, Array]]:
     """Per MoE layer, on the reference device: router logits (T, E), chosen ids (T, k) and their shares (T, k)."""
     seen: list[tuple[Array, Array, Array]] = []
+    tokens = np.asarray(ids, np.int32)
+
+    def see(op: Op, inputs: list[Array], outputs: list[Array]) -> None:
+        if op.name == "route":
+            seen.append((inputs[0].copy(), outputs[0].copy(), outputs[1].copy()))
+
     with opened("reference", len(ids)) as device:
-        plan: Any = device.compile(network.program(len(ids), all_rows=True))
-        plan.watch = lambda op, inputs, outputs: (
-            seen.append((inputs[0].copy(), *(o.copy() for o in outputs))) if op.name == "route" else None
-        )
-        plan.run(np.asarray(ids, np.int32), 0)
+        device.compile(network.program(len(ids), all_rows=True)).watch(tokens, 0, see)
     return seen
 
 

@@ -1,21 +1,13 @@
-"""Cases of Mixture-of-Experts families, and how transformers' routers say which experts they chose; see
-`oracle_cases`."""
+"""Cases of Mixture-of-Experts families; see `oracle_cases`."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 from oracle_cases import ROPES, Case, common, experts, grouped, latent
-
-ROUTERS = ("Router", "MoEV1Gate")  # endings of the names of transformers' classes
-
-
-def expert_ids(module: Any, outputs: Any) -> np.ndarray:
-    """The ids (T, k) among a router's outputs; Llama 4's gives scores and logits alone, the chosen are the best."""
-    found = [o for o in outputs if not o.is_floating_point()] or [outputs[-1].topk(module.top_k).indices]
-    return np.asarray(found[0])
 
 
 def chosen(r: Random, count: str = "num_local_experts") -> dict[str, Any]:
@@ -105,3 +97,28 @@ MIXTURES: dict[str, Case] = {
     "hunyuan-moe": Case("HunYuanMoEV1", hunyuan),
     "mistral4": Case("Mistral4", mistral4, ("yarn, equal mscales", "yarn, two mscales", "yarn, mscale of all")),
 }
+
+
+def save_as_mxfp4(model: Any, generator: Any, folder: Path) -> None:
+    """A gpt-oss folder as OpenAI publishes it: random blocks and scales of experts, which the model gets as well."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model.save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            for name in ("gate_up_proj", "down_proj"):
+                weight = getattr(layer.mlp.experts, name)
+                count, columns, rows = weight.shape
+                blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+                scales = torch.randint(121, 125, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+                weight.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+                place = f"model.layers.{i}.mlp.experts.{name}"
+                del stored[place]
+                stored |= {f"{place}_blocks": blocks, f"{place}_scales": scales}
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))

@@ -27,10 +27,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantisation",),
     ("model",),
     ("engine",),
-    ("inspection", "benchmark", "conversion", "session"),
+    ("inspection", "benchmark", "conversion", "evaluation", "session"),
     ("notebook",),
     ("",),
-    ("repl", "sampling_flags"),
+    ("repl",),
     ("cli",),
     ("__main__",),
 )
@@ -46,7 +46,7 @@ ARCH_MAY_IMPORT = {
 }
 ARCH_HELPERS = {"__init__", "table", "rope"}
 FAMILY_NAMES = {"MODEL_TYPES", "Config", "load", "forward"}
-PRINTING_FILES = {"cli.py", "repl/render.py"}
+PRINTING_PLACES = ("cli/", "repl/render.py")
 UNWELCOME_NAME = re.compile(r"^_*Base([A-Z].*)?$|Manager$|(^|_)utils$|_impl$", re.ASCII)
 
 
@@ -206,7 +206,7 @@ def prints(node: ast.AST) -> bool:
 @each_file
 def test_only_render_and_cli_print(source: Source) -> None:
     lines = [node.lineno for node in ast.walk(source.tree) if prints(node) and isinstance(node, (ast.stmt, ast.expr))]
-    assert source.place in PRINTING_FILES or not lines, f"localmoe/{source.place} prints in lines {lines}"
+    assert source.place.startswith(PRINTING_PLACES) or not lines, f"localmoe/{source.place} prints in lines {lines}"
 
 
 @each_file

@@ -215,8 +215,16 @@ def test_a_program_is_traced_once_for_each_kind_of_step(
     assert traced == []  # decode and prefill were compiled when the model was opened
     opened.logits(PROMPT)
     opened.logits(LONG)
-    assert traced == [(64, True)]
+    assert traced == [(opened.score_chunk, True)]
     opened.close()
+
+
+def test_a_scoring_step_is_as_long_as_its_logits_may_be(exact: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 64 rows, whatever the vocabulary, to a chunk."""
+    assert exact.score_chunk == exact.chunk
+    for rows, length in ((10, 64), (100, 100), (10_000, exact.chunk)):
+        monkeypatch.setattr(localmoe.model, "SCORE_NBYTES", rows * 4 * exact.network.config.vocabulary)
+        assert exact.score_chunk == length
 
 
 def test_close_ends_the_threads(files: dict[str, Path]) -> None:

@@ -16,9 +16,10 @@ import pytest
 from families import chosen_experts, in_memory, logits, relative_error
 from oracle_cases import CASES, VOCABULARY, Case, latent, yarn
 from oracle_dense import DENSE
-from oracle_mixtures import MIXTURES, ROUTERS, expert_ids
+from oracle_mixtures import MIXTURES
 from oracle_recurrent import RECURRENT
 
+from localmoe.evaluation.transformers_model import ROUTERS, expert_ids
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
 

@@ -17,7 +17,7 @@ import pytest
 from families import in_memory, logits, relative_error
 from oracle_cases import ROPES, VOCABULARY, common
 from oracle_dense import DENSE
-from oracle_mixtures import chosen, glm4_moe, gpt_oss, llama4
+from oracle_mixtures import chosen, glm4_moe, gpt_oss, llama4, save_as_mxfp4
 from test_oracle import SEEDS, TOKENS, TOLERANCE, compare, random_model, right_answer, transformers
 
 from localmoe.loader.locate import open_source
@@ -147,29 +147,11 @@ def test_a_folder_of_gpt_oss_in_mxfp4_is_what_transformers_unpacks(
 ) -> None:
     """As OpenAI publishes it: blocks and scales beside float biases; on the reference device, which rounds nothing."""
     import torch
-    from safetensors.torch import load_file, save_file
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     r, generator = Random(seed), torch.Generator().manual_seed(seed)
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
     model = random_model(transformers, transformers.GptOssConfig(**gpt_oss(r, "yarn, not truncated") | sizes), 3 * seed)
-    model.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    with torch.no_grad():
-        for i, layer in enumerate(model.model.layers):
-            for name in ("gate_up_proj", "down_proj"):
-                weight = getattr(layer.mlp.experts, name)
-                count, columns, rows = weight.shape
-                blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-                scales = torch.randint(121, 125, blocks.shape[:3], generator=generator, dtype=torch.uint8)
-                weight.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
-                place = f"model.layers.{i}.mlp.experts.{name}"
-                del stored[place]
-                stored |= {f"{place}_blocks": blocks, f"{place}_scales": scales}
-    save_file(stored, tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
-    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    save_as_mxfp4(model, generator, tmp_path)
     ids = [r.randrange(VOCABULARY) for _ in range(TOKENS)]
     right, _ = right_answer(model, ids)
     assert relative_error(logits(Network(open_source(tmp_path)), ids), right) <= TOLERANCE

@@ -1,9 +1,8 @@
-"""bench/quality.py: llama-perplexity's file of logits read from hand-made bytes, and the figures solved on paper."""
+"""bench/quality.py: what it makes of scores, solved on paper."""
 
 from __future__ import annotations
 
 import importlib.util
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
+from localmoe.evaluation.saved_logits import rounded
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "quality.py"
 
@@ -26,36 +27,12 @@ def quality() -> Iterator[ModuleType]:
     del sys.modules["quality"]
 
 
-def test_a_saved_file_is_tokens_and_rows_of_scaled_steps(quality: ModuleType, tmp_path: Path) -> None:
-    """Context 4 scores one position of a chunk; three tokens of vocabulary are filled up to four."""
-    head = b"_logits_" + struct.pack("<3i", 4, 3, 2) + struct.pack("<8i", *range(8))
-    rows = struct.pack("<2f4H", 0.5, -4.0, 0, 2, 6, 9) + struct.pack("<2f4H", 0.25, -8.0, 4, 8, 12, 9)
-    path = tmp_path / "saved"
-    path.write_bytes(head + rows)
-    tokens, chunks = quality.read_saved(path)
-    assert tokens.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert [chunk.tolist() for chunk in chunks] == [[[-4.0, -3.0, -1.0]], [[-7.0, -6.0, -5.0]]]
-
-
-def test_a_file_of_another_kind_is_refused(quality: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "saved"
-    path.write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(SystemExit, match="_logits_ is wanted"):
-        quality.read_saved(path)
-
-
-def test_saved_logits_end_16_nats_below_the_best_and_move_by_half_a_step(quality: ModuleType) -> None:
-    logits = np.array([[3.0, -2.0, -40.0, 0.1234567], [0.0, 0.0, 0.0, 0.0]], np.float32)
-    kept = quality.as_saved(logits)
-    assert np.abs(kept - np.maximum(logits, logits.max(axis=1, keepdims=True) - 16)).max() <= 16 / 65535 / 2 + 2e-6
-    assert kept[1].tolist() == [0, 0, 0, 0]
-
-
-def test_a_score_is_the_paper_s_figure(quality: ModuleType) -> None:
-    """p = (3/4, 1/4) against q = (1/4, 3/4), then against itself."""
-    p = np.log(np.array([[3.0, 1.0]], np.float32))
+def test_two_ways_are_compared_chunk_by_chunk(quality: ModuleType) -> None:
+    """p = (3/4, 1/4) against q = (1/4, 3/4) and against itself, in two chunks of one position."""
+    p = rounded(np.log(np.array([[3.0, 1.0]], np.float32)))
+    q = rounded(np.log(np.array([[1.0, 3.0]], np.float32)))
     tokens = np.array([[0, 0, 0, 0], [0, 0, 0, 1]], np.int32)
-    score = quality.score([p, p], [p[:, ::-1], p], tokens)
-    assert score.divergence == pytest.approx(np.array([[0.5 * np.log(3)], [0]]))
-    assert score.surprise == pytest.approx(np.array([[np.log(4)], [np.log(4)]]))
-    assert score.agrees.tolist() == [[False], [True]]
+    far, near = quality.judge([p, p], [q, p], tokens), quality.judge([p, p], [p, p], tokens)
+    assert str(far) == "perplexity    4.0000  KL 2.747e-01  same best token  50.00 %"
+    assert far.less(near) == "ours less theirs +2.75e-01 ± 2.7e-01"
+    assert near.less(near) == "ours less theirs +0.00e+00 ± 0.0e+00"

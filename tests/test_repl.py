@@ -397,17 +397,34 @@ def test_quick_work_shows_no_bar_and_slow_work_shows_one() -> None:
     assert "\x1b[2K" in told, "the bar takes itself away"
 
 
-def test_what_changes_behind_a_comma_leaves_the_bar_in_place() -> None:
-    """Its time to go would begin anew with a new bar."""
-    bar = DelayedBar(screen(terminal=True).errors, "writing")
-    bar("writing q8_0, 10 M weights/s", 1, 4)
+def test_a_bar_makes_room_for_lines_and_comes_back() -> None:
+    on = screen(terminal=True)
+    bar = DelayedBar(on.errors, "chunks")
+    with bar.away():
+        assert bar._bar is None
     bar._show()
-    first = bar._task
-    bar("writing q8_0, 20 M weights/s", 2, 4)
-    assert bar._task == first
-    bar("reading, 3", 1, 4)
-    assert bar._task != first
+    shown = bar._bar
+    assert shown is not None
+    with bar.away():
+        assert not shown.live.is_started
+        assert on.errors.file.getvalue().endswith("\x1b[2K"), "the line is free"
+    assert shown.live.is_started
     bar.close()
+
+
+def test_a_label_that_changes_keeps_the_time_left_and_other_work_begins_anew() -> None:
+    bar = DelayedBar(screen(terminal=True).errors, "chunks")
+    bar._show()
+    tasks = []
+    for label, done, total in (("PPL 7", 1, 9), ("PPL 6", 2, 9), ("reading", 1, 9), ("writing", 2, 8)):
+        bar(label, done, total)
+        assert bar._bar is not None
+        (task,) = bar._bar.tasks
+        assert (task.description, task.completed, task.total) == (label, done, total)
+        tasks.append(task.id)
+    bar.close()
+    assert tasks[0] == tasks[1]
+    assert len(set(tasks)) == 3
 
 
 def test_off_a_terminal_there_is_never_a_bar() -> None:

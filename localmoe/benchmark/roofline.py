@@ -3,7 +3,7 @@ do; prints nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -18,7 +18,6 @@ from localmoe.benchmark.work import Bound, Work, op_work
 from localmoe.errors import SettingError
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.limits import Limits, Rates
-from localmoe.kernels.cpu.lower import Lowering
 from localmoe.kernels.program import Op, Program, Progress
 from localmoe.model import Model
 
@@ -112,8 +111,7 @@ def profiled(
         whole.append(_seconds(partial(plan.run, ids[step.depth :], step.depth)))
         times[turn] = without_calls(times[turn], whole[-1])
     works = [op_work(program, op, step.tokens, step.depth, kv) for op in program.ops]
-    owners = owning_ops(device, program, plan.entries())
-    return tuple(_rows(program, plan.entries(), owners, works, times, rates)), median(whole)
+    return tuple(_rows(program, plan.entries(), plan.owners(), works, times, rates)), median(whole)
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -151,40 +149,3 @@ def _rows(
 def kind_of(op: Op) -> str:
     """What is summed up: the op and the formats of its matrices."""
     return " ".join([op.name, *sorted({w.format.name for w in op.matrices})])
-
-
-class _Told(tuple[Op, ...]):
-    """A Program's ops that say which of them is being lowered."""
-
-    hear: Callable[[int], None]
-
-    def __iter__(self) -> Iterator[Op]:
-        for i, op in enumerate(super().__iter__()):
-            self.hear(i)
-            yield op
-
-
-class _Owned(Lowering):
-    """A lowering that remembers for which op it emits each entry."""
-
-    def __init__(self, device: CpuDevice, program: Program) -> None:
-        ops = _Told(program.ops)
-        ops.hear = self.hear
-        super().__init__(device, replace(program, ops=ops))
-        self.current = 0
-        self.owners: list[int] = []
-
-    def hear(self, index: int) -> None:
-        self.current = index
-
-    def emit(self, kernel: str, *arguments: object) -> None:
-        super().emit(kernel, *arguments)  # type: ignore[arg-type]
-        self.owners.append(self.current)
-
-
-def owning_ops(device: CpuDevice, program: Program, entries: list[str]) -> list[int]:
-    """The op of each tape entry, found by lowering the Program once more."""
-    lowering = _Owned(device, program)
-    lowering.run()
-    assert len(lowering.owners) == len(entries), "two lowerings of one Program differ"
-    return lowering.owners

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from localmoe.errors import DeviceError, SettingError
 from localmoe.formats import KV_FORMATS, Format
-from localmoe.kernels.program import IN_PLACE, Floats, Program, Progress, StateSlots
+from localmoe.kernels.program import IN_PLACE, Floats, Program, Progress, StateSlots, Watcher
 
 DEVICES = ("cpu", "reference")
 
@@ -24,6 +24,10 @@ class Plan(Protocol):
         What stood in the cache at these positions is overwritten; what stands behind them no longer counts. Recurrent
         states are read from and written to `slots`; an interrupted step leaves those written undefined.
         """
+        ...
+
+    def watch(self, tokens: npt.NDArray[np.int32], position: int, see: Watcher) -> Floats:
+        """`run`, op by op: `see` is called behind each with its inputs and outputs, which hold only while it runs."""
         ...
 
 

@@ -205,6 +205,10 @@ class Op:
         return 0
 
 
+# (op, inputs, outputs) of one op that has run.
+Watcher = Callable[[Op, list[npt.NDArray[Any]], list[npt.NDArray[Any]]], None]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Program:
     """A traced forward pass for steps of up to `tokens` tokens: `output` holds logits, (rows, V)."""

@@ -21,6 +21,7 @@ from localmoe.kernels.program import (
     Router,
     StateSlots,
     Tensor,
+    Watcher,
 )
 from localmoe.kernels.reference_states import Carried, convolved, delta_rows
 
@@ -147,16 +148,18 @@ class ReferenceDevice:
 
 
 class ReferencePlan:
-    """Runs a Program op by op; `watch`, if set, sees every op with its input and output arrays."""
+    """Runs a Program op by op."""
 
     def __init__(self, device: ReferenceDevice, program: Program) -> None:
         self.device = device
         self.program = program
-        self.watch: Callable[[Op, list[Array], list[Array]], None] | None = None
 
     def run(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots = IN_PLACE) -> Floats:
         """Token ids (T,) at cache positions position… -> logits (rows, V)."""
         self.device.slots = slots
+        return self.watch(tokens, position, lambda op, inputs, outputs: None)
+
+    def watch(self, tokens: npt.NDArray[np.int32], position: int, see: Watcher) -> Floats:
         store = {b.buffer: _poisoned(b, tokens.size) for b in self.program.buffers}
         _view(store, self.program.input, tokens.size)[...] = tokens
         for op in self.program.ops:
@@ -164,8 +167,7 @@ class ReferencePlan:
             results = _TWINS[op.name](self.device, op, inputs, position)
             for tensor, result in zip(op.outputs, results, strict=True):
                 _view(store, tensor, tokens.size)[...] = result
-            if self.watch:
-                self.watch(op, inputs, [np.asarray(r) for r in results])
+            see(op, inputs, [np.asarray(r) for r in results])
         out = _view(store, self.program.output, tokens.size)
         return np.array(out, np.float32)
 
@@ -336,15 +338,20 @@ def add_positions(device: ReferenceDevice, op: Op, inputs: list[Array], position
     return [inputs[0] + values(op.weights[0])[position : position + len(inputs[0])]]
 
 
-def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDArray[np.int32], Floats]:
-    """`Ops.route` on arrays: logits (T, E) -> ids (T, k), shares (T, k)."""
+def standing_of(router: Router, logits: Floats, bias: Floats | None) -> tuple[Floats, Floats]:
+    """Logits (T, E) -> scores, and what experts are chosen by before groups come in."""
     if router.score == "softmax":
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
     else:
         scores = sigmoid(logits)
     standing = logits if router.choice == "logits" else scores
-    standing = standing if bias is None else standing + bias
+    return scores, standing if bias is None else standing + bias
+
+
+def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDArray[np.int32], Floats]:
+    """`Ops.route` on arrays: logits (T, E) -> ids (T, k), shares (T, k)."""
+    scores, standing = standing_of(router, logits, bias)
     if router.groups > 1:
         by_group = standing.reshape(len(logits), router.groups, -1)
         best = np.sort(by_group, axis=2)[:, :, ::-1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock, Timer
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 DELAY = 0.5  # seconds that work may take before a bar appears
+SLOWEST = 3600.0  # seconds between two steps of work that still tell how long the rest takes
 # C0 but for tab and newline, DEL, C1, lone surrogates, and the bidi overrides that make text read other than it is.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -72,7 +74,7 @@ class DelayedBar:
     def __init__(self, console: Console, label: str) -> None:
         self._console = console
         self._state = (label, 0, 0)
-        self._drawn = ("", 0)
+        self._drawn = (0, 0)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._closed = False
@@ -96,6 +98,16 @@ class DelayedBar:
             self._state = (label, done, total)
             self._draw()
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """No bar inside a `with` block, which may print lines."""
+        with self._lock:
+            if self._bar:
+                self._bar.stop()
+            yield
+            if self._bar:
+                self._bar.start()
+
     def close(self) -> None:
         """Take the bar away; may be called twice."""
         self._timer.cancel()
@@ -116,7 +128,7 @@ class DelayedBar:
         )
         with self._lock:
             if not self._closed:
-                self._bar = Progress(*columns, console=self._console, transient=True)
+                self._bar = Progress(*columns, console=self._console, transient=True, speed_estimate_period=SLOWEST)
                 self._bar.start()
                 self._draw()
 
@@ -124,12 +136,11 @@ class DelayedBar:
         if self._bar is None:
             return
         label, done, total = self._state
-        kind = (label.partition(",")[0], total)  # behind a comma stands what changes while the same work goes on
-        if self._task is None or kind != self._drawn:
+        if self._task is None or total != self._drawn[1] or done < self._drawn[0]:  # other work, with a time of its own
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(visible(label), total=total or None, completed=done)
-            self._drawn = kind
+        self._drawn = (done, total)
         self._bar.update(self._task, description=visible(label), completed=done, total=total or None)
 
 

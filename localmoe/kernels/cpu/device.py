@@ -25,6 +25,8 @@ from localmoe.kernels.program import (
     RopeTable,
     StateLayer,
     StateSlots,
+    Tensor,
+    Watcher,
     cache_row,
 )
 
@@ -171,21 +173,46 @@ class CpuPlan:
         self._output = flat.reshape(rows, -1)
 
     def run(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots = IN_PLACE) -> Floats:
-        self._input[: tokens.size] = tokens
-        self._control[:6] = tokens.size, position, slots.source, slots.target, slots.kept, slots.kept_tokens
+        self._begin(tokens, position, slots)
         # A chunk of a large model takes many seconds: between these pieces Python hears Ctrl+C.
         entries = len(self._tape) if self._program.tokens == 1 else CHUNK_ENTRIES
         for start in range(0, len(self._tape), entries):
             self._device.threads_run(self._tape[start : start + entries])
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
+    def watch(self, tokens: npt.NDArray[np.int32], position: int, see: Watcher) -> Floats:
+        assert self._program.tokens > 1, "in a step of one token threads have copies of their own"
+        self._begin(tokens, position, IN_PLACE)
+        owners = np.asarray(self.owners())
+        for i, op in enumerate(self._program.ops):
+            for entry in np.flatnonzero(owners == i):
+                self.run_entry(int(entry))
+            inputs, outputs = ([self._view(t, tokens.size) for t in tensors] for tensors in (op.inputs, op.outputs))
+            see(op, inputs, outputs)
+        return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
+
+    def _begin(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots) -> None:
+        self._input[: tokens.size] = tokens
+        self._control[:6] = tokens.size, position, slots.source, slots.target, slots.kept, slots.kept_tokens
+
     def entries(self) -> list[str]:
         """The kernel of each tape entry."""
         return [name for name, _ in self._kept._entries]
 
+    def owners(self) -> list[int]:
+        """The op of each tape entry, by its number in the Program."""
+        return self._kept.owners
+
     def run_entry(self, index: int) -> None:
         """Run one entry by itself, for the step that `run` was last called for; in order, they are that step again."""
         self._device.threads_run(self._tape[index : index + 1])
+
+    def _view(self, tensor: Tensor, tokens: int) -> npt.NDArray[Any]:
+        """A tensor of the step that runs, where it stands in the arena."""
+        shape = (min(tensor.shape[0], tokens), *tensor.shape[1:])
+        kind = np.dtype(np.float32 if tensor.dtype == "f32" else np.int32)
+        flat = self._arena[self._kept.offset(tensor) :].view(kind)[tensor.offset :]
+        return np.lib.stride_tricks.as_strided(flat, shape, tuple(4 * s for s in tensor.strides))
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         return self._arena[offset : offset + count * kind.itemsize].view(kind)

@@ -75,6 +75,7 @@ class Lowering:
         self.arena = Arena()
         self.kept: list[npt.NDArray[np.generic]] = []  # what argument blocks point at, beside the arena
         self._places: dict[int, int] = {}
+        self.owners: list[int] = []  # the op of each entry
         self._entries: list[tuple[str, tuple[Argument, ...]]] = []
         self._barriers: list[bool] = []
         self._written: dict[int, Split] = {}  # buffers written since the last barrier, and how
@@ -95,6 +96,7 @@ class Lowering:
                 self._place(tensor)
             self._open = how is not None
             LOWERINGS[op.name](self, op)
+            self.owners += [i] * (len(self._entries) - len(self.owners))
             if how is None:
                 self.barrier()
             else:

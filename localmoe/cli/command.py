@@ -1,0 +1,112 @@
+"""What the commands share: the application, flags with one meaning everywhere, how a model is opened; knows no command.
+
+Imports nothing heavy at the top: `localmoe --help` and a mistyped flag should answer at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from localmoe.settings import SETTINGS, SamplingSettings, is_whole
+
+if TYPE_CHECKING:
+    from localmoe.model import Model
+    from localmoe.repl.render import Screen
+
+app = typer.Typer(
+    name="localmoe",
+    help="Chat with open-weight language models, Mixture-of-Experts among them, on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "A GGUF file (of a split model: any part) or a Hugging Face folder."
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelOrBundled = Annotated[
+    Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Without it, the small model that comes along.")
+]
+System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--template", metavar="NAME|FILE", help="Chat template instead of the model's own.")
+]
+Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores that are quick."),
+]
+DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
+Lazy = Annotated[
+    str,
+    typer.Option(
+        "--lazy",
+        help="Loading: mmap (read weights when first used), auto (also ahead, if they fit) or off (all at start).",
+    ),
+]
+KeyValueFormat = Annotated[
+    Literal["f32", "f16", "q8_0"],
+    typer.Option("--kv", help="Format of the KV cache: f32, f16, or q8_0 (8 bits, about half the memory of f16)."),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="TYPE", help="Of a folder: quantise its weights on loading: q4_K_M, q8_0 …"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def with_sampling_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command a flag for each sampling setting; those given reach it as its last parameter, `sampling`."""
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                int | None if is_whole(name) else float | None,
+                typer.Option(
+                    help=f"{setting.metadata['help']} (default {setting.default:g}{or_recommended(name)})",
+                    rich_help_panel="Sampling",
+                ),
+            ],
+        )
+        for name, setting in SETTINGS.items()
+    ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: values.pop(name) for name in SETTINGS}
+        command(**values, sampling={name: value for name, value in given.items() if value is not None})
+
+    own = inspect.signature(command, eval_str=True)
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "sampling"]
+    run.__signature__ = own.replace(parameters=[*parameters, *flags])  # type: ignore[attr-defined]
+    return run
+
+
+def or_recommended(name: str) -> str:
+    return " unless the model says" if name in SamplingSettings.FILE_KEYS.values() else ""
+
+
+@contextmanager
+def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
+    """The model, with a progress bar while it opens; the bundled one without a path. Closed after the `with` block."""
+    import localmoe
+
+    if path is None:
+        from localmoe.loader.locate import bundled
+
+        path = bundled()
+    with screen.progress(f"opening {path.name}") as bar:
+        model = localmoe.load(path, progress=bar, **how)
+    try:
+        yield model
+    finally:
+        model.close()

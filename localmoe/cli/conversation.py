@@ -1,0 +1,157 @@
+"""`chat` and `run`: a model that answers; knows how a conversation is opened and shown, not how it is led."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localmoe.cli.command import (
+    Context,
+    DeviceName,
+    KeyValueFormat,
+    Lazy,
+    ModelArgument,
+    ModelOrBundled,
+    Quantize,
+    System,
+    TemplateName,
+    Threads,
+    app,
+    opened,
+    with_sampling_flags,
+)
+from localmoe.errors import SettingError
+from localmoe.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from localmoe.model import Model
+    from localmoe.repl.render import Screen
+    from localmoe.session import Session
+
+
+@app.command()
+@with_sampling_flags
+def chat(
+    model: ModelOrBundled = None,
+    system: System = None,
+    template: TemplateName = None,
+    context: Context = None,
+    threads: Threads = None,
+    device: DeviceName = "cpu",
+    lazy: Lazy = "auto",
+    kv: KeyValueFormat = "f16",
+    quantize: Quantize = None,
+    sampling: dict[str, float] | None = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from localmoe.repl.input import open_reader
+    from localmoe.repl.loop import converse
+    from localmoe.repl.render import Screen
+    from localmoe.repl.talk import Talk
+
+    screen = Screen()
+    how = {"context": context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
+    with opened(screen, model, quantize=quantize, **how) as found:
+        session = open_session(found, template, system, sampling)
+        greet(screen, found, session)
+        converse(Talk(session, screen), open_reader(screen.is_terminal, session.prepare))
+
+
+@app.command()
+@with_sampling_flags
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say; text piped in is added below it.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    system: System = None,
+    template: TemplateName = None,
+    context: Context = None,
+    threads: Threads = None,
+    device: DeviceName = "cpu",
+    lazy: Lazy = "auto",
+    kv: KeyValueFormat = "f16",
+    quantize: Quantize = None,
+    sampling: dict[str, float] | None = None,
+) -> None:
+    """Print one answer and nothing else."""
+    from localmoe.repl.render import Screen
+
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    text = piped if not prompt else f"{prompt}\n\n{piped}" if piped.strip() else prompt
+    if not text.strip():
+        raise SettingError('run needs a prompt: -p "…", or text piped in')
+    screen = Screen()
+    how = {"context": context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
+    with opened(screen, model, quantize=quantize, **how) as found:
+        if raw:
+            complete(screen, found, text, settings_for(found, sampling))
+        else:
+            answer_once(screen, open_session(found, template, system, sampling), text.strip())
+
+
+def settings_for(model: Model, sampling: dict[str, float] | None) -> SamplingSettings:
+    """Defaults, then what the model recommends, then the flags."""
+    return SamplingSettings().changed(**model.recommended).changed(**(sampling or {}))
+
+
+def open_session(model: Model, template: str | None, system: str | None, sampling: dict[str, float] | None) -> Session:
+    from localmoe.session import Session, open_template
+
+    chosen = open_template(model, template) if template else None
+    return Session(model, chosen, settings_for(model, sampling), system)
+
+
+def greet(screen: Screen, model: Model, session: Session) -> None:
+    """What is running, and what its file says about sampling."""
+    from localmoe.memory import readable_size
+    from localmoe.settings import not_followed
+
+    facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
+    threads = "1 thread" if model.threads == 1 else f"{model.threads} threads"
+    screen.line(" · ".join([*facts, threads, "/help for commands"]))
+    followed = [
+        f"{name} {value:g}" for name, value in model.recommended.items() if getattr(session.settings, name) == value
+    ]
+    if followed:
+        screen.notice(f"(sampling as the model recommends: {', '.join(followed)})")
+    if model.context > model.trained_context:
+        screen.notice(f"(the model was trained on {model.trained_context} tokens: beyond them its answers get worse)")
+    if model.left_out:
+        screen.notice(f"(text alone: left out are {model.left_out})")
+    for entry in not_followed(model.metadata):
+        screen.notice(f"(the model recommends {entry}, which is not implemented)")
+    screen.line()
+
+
+def answer_once(screen: Screen, session: Session, text: str) -> None:
+    """The answer on standard output; reasoning on standard error where someone sees it."""
+    answer, reasoning = screen.answer(exact=True), screen.aside()
+    try:
+        with screen.progress("reading the prompt") as bar:
+            for piece in session.send(text, partial(bar, "reading the prompt")):
+                bar.close()
+                if piece.kind == "answer":
+                    reasoning.end()
+                    answer.write(piece.kind, piece.text)
+                elif screen.errors.is_terminal:
+                    reasoning.write(piece.kind, piece.text)
+    finally:
+        reasoning.end()
+        answer.end()
+
+
+def complete(screen: Screen, model: Model, text: str, settings: SamplingSettings) -> None:
+    """The continuation of a text, exactly as generated."""
+    from localmoe.engine import Engine
+
+    tokens = model.tokenizer.encode_prompt(text)
+    try:
+        with screen.progress("reading the prompt") as bar:
+            for step in Engine(model).generate(tokens, settings, progress=partial(bar, "reading the prompt")):
+                bar.close()
+                screen.verbatim(step.text)
+    finally:
+        screen.verbatim("\n")
