@@ -90,6 +90,21 @@ def hunyuan(r: Random, rope: str) -> dict[str, Any]:
     return settings
 
 
+def phimoe(r: Random, rope: str) -> dict[str, Any]:
+    """Long factors are the formula's matter: transformers 5.23 takes the short ones whatever the length."""
+    settings = common(r, "plain")
+    settings |= {"hidden_size": settings["num_attention_heads"] * 16, "num_local_experts": r.randrange(4, 17)}
+    if rope == "longrope":
+        factors = {name: [r.uniform(1, 8) for _ in range(8)] for name in ("short_factor", "long_factor")}
+        magnitudes = {"short_mscale": 1.3, "long_mscale": 1.3, "original_max_position_embeddings": 100}
+        settings["rope_parameters"] |= {"rope_type": "longrope", **factors, **magnitudes}
+    return settings | {
+        "num_experts_per_tok": 2, "lm_head_bias": r.random() < 0.5, "attention_bias": r.random() < 0.5,
+        "router_jitter_noise": r.choice((0.01, 0.3)), "sliding_window": r.choice((None, 5, 20)),
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
 MIXTURES: dict[str, Case] = {
     "gpt-oss": Case(
         "GptOss", gpt_oss, ("plain", "yarn", "yarn, not truncated", "yarn, other betas", "yarn, attention factor")
@@ -100,6 +115,7 @@ MIXTURES: dict[str, Case] = {
     "granitemoe, shared": Case(
         "GraniteMoeShared", lambda r, rope: granite(r, rope) | {"shared_intermediate_size": r.choice((0, 24, 40))}
     ),
+    "phimoe": Case("Phimoe", phimoe, ("plain", "longrope")),
     "minimax-m2": Case("MiniMaxM2", minimax),
     "ernie4_5-moe": Case("Ernie4_5_Moe", ernie),
     "hunyuan-moe": Case("HunYuanMoEV1", hunyuan),

@@ -264,6 +264,8 @@ for _name, _router, _experts, _bias, _ties in (
         False,
         False,
     ),
+    ("sparsemixer", Router("sparsemixer", 2, False, choice="logits", jitter=0.2), 16, False, False),
+    ("sparsemixer, all of them near", Router("sparsemixer", 3, False, choice="logits", jitter=9.0), 19, False, True),
     ("sigmoid with groups, ties", Router("sigmoid", 4, True, 1.0, 4, 2, "top2"), 32, False, True),
 ):
     _ids, _shares = routed(_router, _experts, _bias, _ties)

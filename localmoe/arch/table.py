@@ -24,6 +24,7 @@ FAMILIES = {
     "granitemoe": "granitemoe",
     "minimax-m2": "minimax_m2",
     "bailingmoe2": "bailingmoe2",
+    "phimoe": "phimoe",
     "ernie4_5-moe": "ernie4_5_moe",
     "hunyuan-moe": "hunyuan_moe",
     "gemma2": "gemma2",

@@ -25,7 +25,7 @@ from localmoe.kernels.program import (
 )
 
 GLU_KINDS = ("silu", "sigmoid", "gelu", "clamped_swish", "product")
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Cache:
@@ -171,10 +171,13 @@ class Ops:
         the best `groups_used` groups stand (a group's score is its largest, "max", or the sum of its two largest,
         "top2"; the others are -inf). Shares are the *unbiased* scores of the chosen, divided by their sum if
         `normalise`, times `scale`.
+
+        "sparsemixer" (with `choice` "logits", Liu et al. 2024): one after the other; a share is the softmax, over those
+        not chosen before whose logit x lies within 2 · `jitter` · max(|x|, best) of the best one.
         """
         fits = 0 < router.used <= logits.shape[1] and logits.shape[1] % router.groups == 0
         self.check(fits and 0 < router.groups_used <= router.groups, "route", f"{router}", logits)
-        assert router.score in SCORES
+        assert router.score in SCORES and (router.score != "sparsemixer" or router.choice == "logits")
         ids, shares = self.new((logits.shape[0], router.used), "i32"), self.new((logits.shape[0], router.used))
         self.record("route", (logits,), (ids, shares), (bias,) if bias else (), router=router)
         return ids, shares

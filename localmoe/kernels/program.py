@@ -124,6 +124,7 @@ class Router:
     groups_used: int = 1
     group_score: str = "max"
     choice: str = "scores"
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -268,6 +268,8 @@ def add_positions(device: ReferenceDevice, op: Op, inputs: list[Array], position
 
 def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDArray[np.int32], Floats]:
     """`Ops.route` on arrays: logits (T, E) -> ids (T, k), shares (T, k)."""
+    if router.score == "sparsemixer":
+        return _sparsely_mixed(router, logits)
     if router.score == "softmax":
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
@@ -288,6 +290,20 @@ def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDA
     if router.normalise:
         shares = shares / (shares.sum(axis=1, keepdims=True) + np.float32(1e-20))
     return ids.astype(np.int32), (shares * np.float32(router.scale)).astype(np.float32)
+
+
+def _sparsely_mixed(router: Router, logits: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
+    left, ids, shares = logits.copy(), [], []
+    for _ in range(router.used):
+        e = left.argmax(axis=1)[:, None]
+        best = np.take_along_axis(left, e, axis=1)
+        near = best - logits <= np.float32(2 * router.jitter) * np.maximum(np.abs(logits), best)
+        shares.append(1 / np.exp(np.where(near, left - best, -np.inf)).sum(axis=1, keepdims=True))
+        ids.append(e)
+        np.put_along_axis(left, e, -np.inf, axis=1)
+    found = np.concatenate(shares, axis=1)
+    found = found / (found.sum(axis=1, keepdims=True) + np.float32(1e-20)) if router.normalise else found
+    return np.concatenate(ids, axis=1).astype(np.int32), (found * np.float32(router.scale)).astype(np.float32)
 
 
 def route(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
