@@ -105,6 +105,20 @@ def phimoe(r: Random, rope: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def indexed(r: Random, rope: str) -> dict[str, Any]:
+    """So many indexer heads that no key is below zero for all; texts are mostly longer than what is chosen."""
+    settings = latent(r, rope, True) | r.choice((grouped, ungrouped))(r)
+    return settings | {
+        "norm_topk_prob": r.random() < 0.7, "index_topk": r.choice((5, 20, 200)), "index_n_heads": 24,
+        "index_head_dim": r.choice((12, 24)), "num_hidden_layers": 4,
+    }  # fmt: skip
+
+
+def glm_dsa(r: Random, rope: str) -> dict[str, Any]:
+    shared = [r.choice(("full", "shared")) for _ in range(3)]
+    return indexed(r, rope) | r.choice(({"indexer_types": ["full", *shared]}, {"index_topk_freq": 2}, {}))
+
+
 MIXTURES: dict[str, Case] = {
     "gpt-oss": Case(
         "GptOss", gpt_oss, ("plain", "yarn", "yarn, not truncated", "yarn, other betas", "yarn, attention factor")
@@ -119,5 +133,7 @@ MIXTURES: dict[str, Case] = {
     "minimax-m2": Case("MiniMaxM2", minimax),
     "ernie4_5-moe": Case("Ernie4_5_Moe", ernie),
     "hunyuan-moe": Case("HunYuanMoEV1", hunyuan),
+    "deepseek-v3.2": Case("DeepseekV32", indexed, ("plain", "yarn", "yarn, mscale of all")),
+    "glm-dsa": Case("GlmMoeDsa", glm_dsa, ("plain",)),
     "mistral4": Case("Mistral4", mistral4, ("yarn, equal mscales", "yarn, two mscales", "yarn, mscale of all")),
 }

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from families import chosen_experts, in_memory, logits, relative_error
+from families import chosen_experts, chosen_positions, in_memory, logits, relative_error
 from oracle_cases import CASES, VOCABULARY, latent, yarn
 from oracle_dense import DENSE
 from oracle_mixtures import MIXTURES, ROUTERS, expert_ids
@@ -58,25 +59,42 @@ def random_model(transformers: Any, config: Any, seed: int) -> Any:
     return model
 
 
-def right_answer(model: Any, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits (T, V), and per MoE layer the ids (T, k) that its router returned."""
+@dataclass(frozen=True)
+class Answer:
+    """Logits (T, V), per MoE layer the ids (T, k) that its router returned, per indexer the positions (T, k)."""
+
+    logits: np.ndarray
+    experts: list[np.ndarray]
+    positions: list[np.ndarray]
+
+
+def right_answer(model: Any, ids: list[int]) -> Answer:
     import torch
 
     chosen: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     for module in model.modules():
         if type(module).__name__.endswith(ROUTERS):
             module.register_forward_hook(lambda module, inputs, outputs: chosen.append(expert_ids(module, outputs)))
+        if type(module).__name__.endswith("Indexer"):
+            module.register_forward_hook(lambda module, inputs, outputs: positions.append(outputs[0].numpy()))
     with torch.no_grad():
         result = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-    return result, chosen
+    return Answer(result, chosen, positions)
 
 
 def compare(network: Network, model: Any, ids: list[int], report: Callable[[str, object], None]) -> None:
     """Routers first: where they part, the logits have to. Then both devices."""
-    right, chosen = right_answer(model, ids)
+    right = right_answer(model, ids)
+    indexers = zip(chosen_positions(network, ids), right.positions, strict=True)
+    for layer, ((scores, found), theirs) in enumerate(indexers):
+        for token in range(len(ids)):
+            kept = {position for position in theirs[token].tolist() if position <= token}
+            if other := kept ^ set(found[token].tolist()) - {-1}:
+                there = {position: float(scores[token, position]) for position in sorted(other)}
+                pytest.fail(f"indexer {layer}, token {token}: not chosen by both, with their scores: {there}")
     ours = chosen_experts(network, ids)
-    assert len(ours) == len(chosen)
-    for layer, ((scores, found, _), theirs) in enumerate(zip(ours, chosen, strict=True)):
+    for layer, ((scores, found, _), theirs) in enumerate(zip(ours, right.experts, strict=True)):
         for token in range(len(ids)):
             if set(found[token]) != set(theirs[token]):
                 best = np.sort(scores[token])[::-1]
@@ -86,7 +104,7 @@ def compare(network: Network, model: Any, ids: list[int], report: Callable[[str,
                     f" {sorted(theirs[token])}; router logits lie {gaps} apart"
                 )
     for device in ("reference", "cpu"):
-        error = relative_error(logits(network, ids, device), right)
+        error = relative_error(logits(network, ids, device), right.logits)
         report(f"{device} relative error", error)
         assert error <= TOLERANCE, device
 

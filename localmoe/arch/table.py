@@ -20,6 +20,8 @@ FAMILIES = {
     "llama4": "llama4",
     "glm4moe": "glm4moe",
     "mistral4": "deepseek2",
+    "deepseek32": "deepseek32",
+    "glm-dsa": "deepseek32",
     "deepseek": "deepseek",
     "granitemoe": "granitemoe",
     "minimax-m2": "minimax_m2",

@@ -214,6 +214,10 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
         seen &= np.arange(end)[None, :] > at[:, None] - window
     if chunk := op.attributes["chunk"]:
         seen &= np.arange(end)[None, :] >= (at // chunk * chunk)[:, None]
+    if len(inputs) > 1:
+        chosen = np.zeros((tokens, end + 1), bool)  # the last column takes the -1s
+        np.put_along_axis(chosen, inputs[1], True, axis=1)
+        seen &= chosen[:, :end]
     scores = np.where(seen, scores, -np.inf)
     if op.weights:
         sinks = np.broadcast_to(values(op.weights[0]).reshape(layer.heads, -1, 1, 1), (*scores.shape[:3], 1))
@@ -221,6 +225,19 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = (weights / weights.sum(axis=-1, keepdims=True))[..., :end]
     return [np.einsum("kgts,ksd->tkgd", weights, v).reshape(tokens, q.shape[1], -1)]
+
+
+def select(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    layer: CacheLayer = op.attributes["cache"]
+    (q, weights), count = inputs, op.outputs[0].shape[1]
+    keys = device.caches[layer.index][0][0, : position + len(q)]  # (S, d)
+    products = np.maximum(np.einsum("tid,sd->tis", q.astype(np.float32), keys), 0)
+    scores = np.einsum("ti,tis->ts", weights.astype(np.float32), products)
+    ids = np.full((len(q), count), -1, np.int32)
+    for t, at in enumerate(range(position, position + len(q))):
+        best = np.sort(np.argsort(-scores[t, : at + 1], kind="stable")[:count])
+        ids[t, : len(best)] = best
+    return [ids]
 
 
 def sigmoid(x: Array) -> Array:
@@ -307,8 +324,10 @@ def _sparsely_mixed(router: Router, logits: Floats) -> tuple[npt.NDArray[np.int3
 
 
 def route(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
-    bias = values(op.weights[0]) if op.weights else None
-    return list(choose(op.attributes["router"], inputs[0].astype(np.float32), bias))
+    weights = [values(weight) for weight in op.weights]
+    bias = weights.pop(0) if op.attributes["biased"] else None
+    ids, shares = choose(op.attributes["router"], inputs[0].astype(np.float32), bias)
+    return [ids, shares * weights[0][ids] if weights else shares]
 
 
 def experts(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
@@ -344,6 +363,7 @@ _TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]
         concat,
         cache_append,
         attention,
+        select,
         glu,
         gelu,
         scale,

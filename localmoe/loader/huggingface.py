@@ -36,6 +36,8 @@ FUSED = {
     "block_sparse_moe.input_linear.weight": "ffn_gate_up_exps.weight",
     "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
 }  # fmt: skip
+# Architectures that the gguf package does not know yet, and one whose tensors have the same names.
+NAMED_AS = {"deepseek32": "glm-dsa"}
 # Families whose map has no output of its own (Gemma, Command R), as every released file ties it to the embedding.
 UNTIED = {"lm_head.weight": "output.weight"}
 # generation_config.json's names for the sampling settings that GGUF keeps under general.sampling.
@@ -116,6 +118,7 @@ def _renaming(architecture: str, layers: int) -> Callable[[str], str]:
     """A function from Hugging Face's tensor names to GGUF's, by the gguf package's map of a model with one layer."""
     import gguf  # late: it takes 80 ms, and GGUF files do without
 
+    architecture = NAMED_AS.get(architecture, architecture)
     known = next(id for id, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(known, 1)
 

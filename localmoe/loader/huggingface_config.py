@@ -12,6 +12,7 @@ from localmoe.errors import UnsupportedError
 from localmoe.loader.config_dense import DENSE
 from localmoe.loader.config_json import Family, Keys, Settings
 from localmoe.loader.config_mixtures import MIXTURES
+from localmoe.loader.config_sparse import SPARSE
 from localmoe.loader.config_steps import (
     COMMON,
     deepseek_experts,
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("deepseek2", DEEPSEEK, (latent_heads, deepseek_experts, rope)),
     **DENSE,
     **MIXTURES,
+    **SPARSE,
 }
 
 

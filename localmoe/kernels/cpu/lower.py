@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.formats import Weight
-from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope, router
+from localmoe.kernels.cpu import activation, attention, experts, linear, norm, rope, router, selection
 from localmoe.kernels.cpu.arguments import Argument, At, Function
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
 
@@ -256,6 +256,7 @@ LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "scale": activation.lower_each,
     "softcap": activation.lower_each,
     "route": router.lower_route,
+    "select": selection.lower_select,
     "experts": experts.lower_experts,
     "add": activation.lower_add,
     "add_positions": activation.lower_add_positions,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def route(v: Any) -> Any:
     """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid and 2 for sparsemixer, bias (0:
     none), groups, groups used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its
-    bytes a thread, 1 to choose by the logits, twice the jitter."""
+    bytes a thread, 1 to choose by the logits, twice the jitter, factors of the experts (0: none)."""
     slot, rows = slots(v), row_count(v)
     scores_of, mask_groups, best, mixed_share = _scores(v), _mask_groups(v), _best(v), _mixed_share(v)
 
@@ -50,7 +50,10 @@ def route(v: Any) -> Any:
             if slot(a, 12) == 1:
                 scale = scale / (total + np.float32(1e-20))
             for c in range(0, 4 * used, 4):
-                v.store(shares + c, v.load(v.float32, shares + c) * scale)
+                factor = np.float32(1)
+                if slot(a, 18) != 0:
+                    factor = v.load(v.float32, slot(a, 18) + 4 * v.load(v.int32, ids + c))
+                v.store(shares + c, v.load(v.float32, shares + c) * scale * factor)
 
     return run
 
@@ -132,11 +135,12 @@ def lower_route(lowering: Lowering, op: Op) -> None:
     (logits,), (ids, shares) = op.inputs, op.outputs
     r: Router = op.attributes["router"]
     count = logits.shape[1]
-    bias = lowering.floats(op.weights[0]) if op.weights else 0
+    weights = [lowering.floats(weight) for weight in op.weights]
+    bias = weights.pop(0) if op.attributes["biased"] else 0
     nbytes = 4 * (2 * (-(-count // 16) * 16) + -(-max(r.groups, 16) // 16) * 16)
     place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares))
     choice = (r.used, SCORES.index(r.score), bias)
     groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
     scratch = lowering.temporary(nbytes * lowering.threads)
-    last = (int(r.choice == "logits"), float(np.float32(2 * r.jitter)))
+    last = (int(r.choice == "logits"), float(np.float32(2 * r.jitter)), weights[0] if weights else 0)
     lowering.emit("route", logits, *place, *choice, *groups, scratch, nbytes, *last)
