@@ -273,6 +273,23 @@ for _name, _router, _experts, _bias, _ties in (
     case(f"route shares, {_name}")(_shares)
 
 
+@case("route shares, with factors of the experts")
+def _(ops: Ops, random: Random) -> Tensor:
+    logits, factors = given(ops, random.standard_normal((VOCABULARY, 9))), exactly(random.uniform(0.2, 3, 9))
+    return ops.route(logits, Router("softmax", 3, normalise=True), factors=factors)[1]
+
+
+@case("route shares, with a bias and factors")
+def _(ops: Ops, random: Random) -> Tensor:
+    logits, bias = given(ops, random.standard_normal((VOCABULARY, 9))), exactly(random.uniform(-1, 1, 9))
+    return ops.route(logits, Router("sigmoid", 3, normalise=False), bias, exactly(random.uniform(0.2, 3, 9)))[1]
+
+
+@case("scale by a number of the file")
+def _(ops: Ops, random: Random) -> Tensor:
+    return ops.scale(rows(ops, random, 40), 0.5, exactly([1.7]))
+
+
 def mixture(
     used: int,
     shape: tuple[int, int, int],

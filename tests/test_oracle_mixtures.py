@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from families import in_memory, logits, relative_error
 from oracle_cases import ROPES, VOCABULARY, common
+from oracle_dense import gemma4
 from oracle_mixtures import chosen, glm4_moe, gpt_oss, llama4
 from test_oracle import SEEDS, TOKENS, TOLERANCE, compare, random_model, right_answer, transformers
 
@@ -189,6 +190,26 @@ def test_llama_4_is_read_from_a_folder_that_has_its_vision_model_too(
     both = transformers.Llama4ForConditionalGeneration(config).eval().float()
     model = random_model(transformers, config.text_config, 3 * seed)
     both.language_model.load_state_dict(model.state_dict())
+    both.save_pretrained(tmp_path)
+    network = Network(open_source(tmp_path))
+    compare(network, model, [r.randrange(VOCABULARY) for _ in range(TOKENS)], record_property)
+    assert any(name.startswith("v.") for name in network.source.tensors)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gemma_4_is_read_from_a_folder_that_has_its_vision_and_audio_models_too(
+    seed: int, transformers: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """As every Gemma 4 is published: text_config, longer names, and tensors that are skipped and said to be."""
+    r = Random(seed)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
+    audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    text = gemma4(r, "proportional") | {"tie_word_embeddings": True}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=audio)
+    both = transformers.Gemma4ForConditionalGeneration(config).eval().float()
+    model = random_model(transformers, config.text_config, 3 * seed)
+    both.model.language_model.load_state_dict(model.model.state_dict())
     both.save_pretrained(tmp_path)
     network = Network(open_source(tmp_path))
     compare(network, model, [r.randrange(VOCABULARY) for _ in range(TOKENS)], record_property)

@@ -31,6 +31,7 @@ FAMILIES = {
     "hunyuan-moe": "hunyuan_moe",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
+    "gemma4": "gemma4",
     "phi3": "phi3",
     "olmo2": "olmo2",
     "granite": "granite",

@@ -161,9 +161,10 @@ class Ops:
         """x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 -> shape of x. Hendrycks & Gimpel 2016, their approximation."""
         return self.record("gelu", (x,), (self.new(x.shape),))[0]
 
-    def scale(self, x: Tensor, factor: float) -> Tensor:
-        """x · factor -> shape of x."""
-        return self.record("scale", (x,), (self.new(x.shape),), factor=factor)[0]
+    def scale(self, x: Tensor, factor: float, weight: Weight | None = None) -> Tensor:
+        """x · factor, and times the one number of `weight` if there is one -> shape of x."""
+        self.check(weight is None or weight.elements == 1, "scale", "one number", x, weight)
+        return self.record("scale", (x,), (self.new(x.shape),), (weight,) if weight else (), factor=factor)[0]
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         """cap · tanh(x / cap) -> shape of x. Gemma Team 2024, section 2."""

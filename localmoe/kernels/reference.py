@@ -271,7 +271,8 @@ def gelu(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) ->
 
 
 def scale(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
-    return [inputs[0] * np.float32(op.attributes["factor"])]
+    factor = np.float32(op.attributes["factor"])
+    return [inputs[0] * (factor * values(op.weights[0])[0] if op.weights else factor)]
 
 
 def softcap(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:

@@ -21,7 +21,9 @@ EXPERT = re.compile(r"(?P<head>.*\.experts)\.(?P<number>\d{1,6})\.(?P<tail>[^.]+
 LAYER = re.compile(r"(?P<head>model\.layers|(?:transformer\.)?h)\.(?P<number>\d{1,6})\.(?P<rest>.*)")
 # A text model beside a vision model, whose own tensors the checkpoint skips as GGUF's "v." ones.
 TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.|^language_model\.(?=lm_head)")
-VISION = re.compile(r"(?:model\.)?(?:vision_model|vision_tower|multi_modal_projector)\.")
+VISION = re.compile(
+    r"(?:model\.)?(?:vision_model|vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
+)
 # Rope frequencies that old checkpoints store although config.json implies them.
 IMPLIED = re.compile(r".*\.rotary_emb\.inv_freq")
 # Names that the gguf package's map lacks: fused experts, and transformers' names without suffix.
@@ -33,6 +35,9 @@ FUSED = {
     "mlp.experts.down_proj_blocks": "ffn_down_exps.blocks", "mlp.experts.down_proj_scales": "ffn_down_exps.scales",
     "feed_forward.experts.gate_up_proj": "ffn_gate_up_exps.weight",
     "feed_forward.experts.down_proj": "ffn_down_exps.weight",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight", "experts.down_proj": "ffn_down_exps.weight",
+    "router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale",
+    "layer_scalar": "layer_output_scale.weight",
     "block_sparse_moe.input_linear.weight": "ffn_gate_up_exps.weight",
     "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
 }  # fmt: skip

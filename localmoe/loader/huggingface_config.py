@@ -10,6 +10,7 @@ from typing import Any
 
 from localmoe.errors import UnsupportedError
 from localmoe.loader.config_dense import DENSE
+from localmoe.loader.config_gemma4 import GEMMA4
 from localmoe.loader.config_json import Family, Keys, Settings
 from localmoe.loader.config_mixtures import MIXTURES
 from localmoe.loader.config_sparse import SPARSE
@@ -49,7 +50,7 @@ DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # model_type of files that keep a text model's settings in text_config.
-WRAPPERS = ("llama4", "mistral3")
+WRAPPERS = ("llama4", "mistral3", "gemma4")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", COMMON, (heads, rope)),
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     **DENSE,
     **MIXTURES,
     **SPARSE,
+    "gemma4_text": GEMMA4,
 }
 
 

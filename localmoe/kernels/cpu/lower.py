@@ -168,6 +168,12 @@ class Lowering:
         self.kept.append(array)
         return array.ctypes.data
 
+    def number(self, weight: Weight) -> float:
+        """What a weight of one element holds."""
+        from localmoe.kernels.reference import values
+
+        return float(values(weight)[0])
+
     def address(self, weight: Weight, matrix: int = 0) -> int:
         """The address of a matrix of a weight, straight in the mapped file."""
         return int(weight.slabs[matrix].ctypes.data)
