@@ -18,7 +18,9 @@ from families import in_memory, logits, relative_error
 from oracle_cases import ROPES, VOCABULARY, common
 from oracle_dense import gemma4
 from oracle_mixtures import chosen, glm4_moe, gpt_oss, llama4
-from test_oracle import SEEDS, TOKENS, TOLERANCE, compare, random_model, right_answer, transformers
+from test_oracle import SEEDS, TOKENS, TOLERANCE, WITNESS, compare, random_model, right_answer, transformers
+from verified import NAME as VERIFIED
+from verified import claim
 
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
@@ -143,7 +145,7 @@ def test_ling_2_is_glm_4_5_with_head_norms_and_one_matrix(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_folder_of_gpt_oss_in_mxfp4_is_what_transformers_unpacks(
-    seed: int, transformers: Any, tmp_path: Path
+    seed: int, transformers: Any, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """As OpenAI publishes it: blocks and scales beside float biases; on the reference device, which rounds nothing."""
     import torch
@@ -172,7 +174,10 @@ def test_a_folder_of_gpt_oss_in_mxfp4_is_what_transformers_unpacks(
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     ids = [r.randrange(VOCABULARY) for _ in range(TOKENS)]
     right = right_answer(model, ids)
-    assert relative_error(logits(Network(open_source(tmp_path)), ids), right.logits) <= TOLERANCE
+    network = Network(open_source(tmp_path))
+    error = relative_error(logits(network, ids), right.logits)
+    assert error <= TOLERANCE
+    record_property(VERIFIED, claim(network, WITNESS, "GptOss", error))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
