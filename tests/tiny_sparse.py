@@ -9,7 +9,7 @@ import numpy as np
 from paper_sparse import Sparse
 from tiny import D, R, Tiny, deepseek_v3, random_tensors
 
-INDEXER_HEADS, INDEXER, CHOSEN, LAYERS = 3, 12, 5, 4
+INDEXER_HEADS, INDEXER, CHOSEN, LAYERS = 32, 64, 5, 4  # llama.cpp turns keys by 64; few heads would give ties of zero
 KEYS = {
     "block_count": LAYERS, "attention.indexer.head_count": INDEXER_HEADS, "attention.indexer.key_length": INDEXER,
     "attention.indexer.top_k": CHOSEN,
