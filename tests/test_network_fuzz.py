@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from registry import MODELS, written
 
 from localmoe.errors import LocalMoeError
 from localmoe.loader.locate import bundled, open_source
@@ -62,6 +63,17 @@ def test_mutated_metadata_of_the_bundled_model_is_refused_or_sound() -> None:
 @pytest.mark.parametrize("folder", ["deepseek-v3-yarn", "mixtral", "llama3-rope", "qwen2-moe", "qwen3-moe", "olmoe"])
 def test_mutated_metadata_of_a_folder_is_refused_or_sound(conformance: Path, folder: str) -> None:
     run_all(conformance / "logits" / folder, 3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mutated_metadata_of_every_family_is_refused_or_sound(name: str, tmp_path: Path) -> None:
+    run_all(written(MODELS[name](), tmp_path / "tiny.gguf"), 13)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", MODELS)
+def test_every_mutation_of_every_family(name: str, tmp_path: Path) -> None:
+    run_all(written(MODELS[name](), tmp_path / "tiny.gguf"), 1)
 
 
 @pytest.mark.conformance

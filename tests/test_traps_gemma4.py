@@ -179,6 +179,8 @@ def test_what_is_not_implemented_is_refused_by_key_and_value(key: str, value: An
     [
         ({"attention.shared_kv_layers": 4}, "shared_kv_layers"),
         ({"attention.shared_kv_layers": 9}, "shared_kv_layers"),
+        ({"rope.dimension_count_swa": NARROW + 2}, "layers with a window"),
+        ({"rope.freq_base_swa": 0.5}, "layers with a window"),
         ({"feed_forward_length": np.array([F] * 4 + [2 * F])}, "feed_forward_length"),
         ({"feed_forward_length": np.array([F] * 5 + [-1])}, "feed_forward_length"),
         ({"attention.head_count_kv": None}, "head_count_kv"),

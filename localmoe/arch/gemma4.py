@@ -6,7 +6,7 @@ Google 2026, Gemma 4 model card; what transformers 5.23 and llama.cpp (models/ge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from localmoe.arch.rope import Rope
@@ -53,7 +53,6 @@ class Config:
         meta.expect("expert_weights_scale", 0.0, 1.0)
         local = meta.pattern("attention.sliding_window_pattern", blocks, 6)
         rope = Rope.read(meta, key_length)
-        local_rope = replace(rope, scaling="none", base=meta.float("rope.freq_base_swa", 10000.0))
         shared = meta.int("attention.shared_kv_layers", 0)
         if shared and any(kind not in local[: max(blocks - shared, 0)] for kind in set(local)):
             raise FileFormatError(
@@ -76,7 +75,7 @@ class Config:
             logit_softcap=meta.float("final_logit_softcapping", 0.0),
             rms_epsilon=meta.float("attention.layer_norm_rms_epsilon"),
             rope=rope,
-            local_rope=replace(local_rope, dimensions=meta.int("rope.dimension_count_swa", local_length)),
+            local_rope=rope.windowed(meta, local_length),
             vocabulary=meta.vocabulary,
         )
 
