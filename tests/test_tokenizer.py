@@ -262,7 +262,7 @@ def test_spm_merges_the_best_score_first_and_falls_back_to_bytes() -> None:
 def test_gemma_4_merges_by_its_list_puts_no_space_before_and_always_begins_with_bos() -> None:
     """Spaces become U+2581, newlines are merged like letters, what is unknown falls back to bytes."""
     pieces = spm_metadata()["tokenizer.ggml.tokens"] + ["\n", "\n\n"]
-    kinds = [*spm_metadata()["tokenizer.ggml.token_type"].tolist(), Kind.NORMAL, Kind.NORMAL]
+    kinds = [*spm_metadata()["tokenizer.ggml.token_type"].tolist(), 1, 1]
     merges = ["b c", "a b", "\u2581 ab", "\n \n", "c c"]
     metadata = spm_metadata(model="gemma4", tokens=pieces, token_type=kinds, merges=merges, add_bos_token=False)
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.bos_token_id": 1})
