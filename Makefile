@@ -6,7 +6,7 @@ ARGS ?=
 PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test lint fix conformance oracle bench aot wheel pin
+.PHONY: help setup chat test lint fix conformance oracle models bench aot wheel pin
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,11 +38,12 @@ chat: setup ## talk to the bundled model, or to MODEL=path; further flags in ARG
 test: setup ## the tests, without the long ones
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-lint: setup ## ruff, mypy, and docs/cli.md up to date
+lint: setup ## ruff, mypy, docs/cli.md and docs/models.md up to date
 	@$(BIN)/ruff check -q
 	@$(BIN)/ruff format -q --check
 	@$(BIN)/mypy
 	@$(BIN)/python docs/make_cli.py --check
+	@$(BIN)/python docs/make_models.py --check
 
 fix: setup ## what ruff can mend by itself
 	@$(BIN)/ruff check -q --fix
@@ -51,10 +52,19 @@ fix: setup ## what ruff can mend by itself
 conformance: setup ## the long runs over the golden data (LOCALMOE_CONFORMANCE=folder)
 	@$(BIN)/python -m pytest -q -m conformance $(ARGS)
 
-oracle: setup ## fresh random models against transformers; installs torch
+.venv/oracle: .venv/ready
 	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
 	@$(BIN)/python -m pip install -q --disable-pip-version-check transformers==5.23.0
+	@touch $@
+
+oracle: setup .venv/oracle ## fresh random models against transformers; installs torch
 	@$(BIN)/python -m pytest -q -m oracle $(ARGS)
+
+# LOCALMOE_LLAMA_PERPLEXITY=path/to/llama-perplexity adds llama.cpp as a witness; without it, its last record stays.
+models: setup .venv/oracle ## docs/models.md anew, from what make oracle and the golden logits find
+	@LOCALMOE_RECORD=docs/models.json $(BIN)/python -m pytest -q -m oracle
+	@LOCALMOE_RECORD=docs/models.json $(BIN)/python -m pytest -q tests/test_logits.py
+	@$(BIN)/python docs/make_models.py
 
 bench: test ## speed of MODEL=path (the bundled model without it), behind green tests
 	@$(BIN)/localmoe bench "$(or $(MODEL),models/localmoe-demo.gguf)" $(ARGS)

@@ -97,7 +97,8 @@ _TABLE: tuple[tuple[str, Pretokenizer], ...] = (
         Pretokenizer((_GPT2,)),
     ),
     ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", Pretokenizer((_LLAMA3,), True, True)),
-    ("dbrx smaug-bpe glm4 chatglm-bpe", Pretokenizer((_LLAMA3,))),
+    ("dbrx smaug-bpe chatglm-bpe", Pretokenizer((_LLAMA3,))),
+    ("glm4 glm5", Pretokenizer((_LLAMA3,), True)),
     ("minicpm5", Pretokenizer((r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+")), True)),
     (
         "jais-2",

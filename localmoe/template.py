@@ -36,8 +36,9 @@ class Template:
             raise TemplateError(f"template {name}: {len(source):,} characters long, possible are {SOURCE_LIMIT:,}")
         environment = Sandbox(Budget())
         try:
-            tree = Guarded().visit(environment.parse(source, name, name))
-            self._code = environment.compile(tree, name, name)
+            # A file name alone: jinja2 writes a template's name into its code, where an apostrophe would end a string.
+            tree = Guarded().visit(environment.parse(source, None, name))
+            self._code = environment.compile(tree, None, name)
         except TemplateSyntaxError as error:
             raise TemplateError(f"template {name}, line {error.lineno}: {error.message}") from error
         except Exception as error:

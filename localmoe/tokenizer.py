@@ -35,6 +35,7 @@ END_OF_TURN = frozenset(
 # `tokenizer_class` of folders that hold vocab.json and merges.txt only, and the pre-tokenizer that it stands for.
 CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
+MODELS = ("gpt2", "llama", "gemma4")
 REFUSED = {
     "bert": "WordPiece, for encoders",
     "t5": "unigram, for encoders",
@@ -72,9 +73,10 @@ class Tokenizer:
         model = metadata.get(key + "model")
         if model is None:
             raise TokenizerError("the file has no vocabulary: tokenizer.ggml.model is missing")
-        if str(model) not in ("gpt2", "llama"):
+        if str(model) not in MODELS:
             kind = f" ({REFUSED[model]})" if str(model) in REFUSED else ""
-            raise UnsupportedError(f'tokenizer.ggml.model "{model}"{kind} is not supported; possible: "gpt2", "llama"')
+            possible = ", ".join(f'"{name}"' for name in MODELS)
+            raise UnsupportedError(f'tokenizer.ggml.model "{model}"{kind} is not supported; possible: {possible}')
         pieces = [piece or f"[EMPTY_{id}]" for id, piece in enumerate(_strings(metadata, key + "tokens"))]
         kinds = _numbers(metadata, key + "token_type", len(pieces), Kind.NORMAL)
         ids = {name: _token_id(metadata, f"{key}{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
@@ -89,6 +91,10 @@ class Tokenizer:
                 "bos": 1 if ids["bos"] is None else ids["bos"],
                 "eos": 2 if ids["eos"] is None else ids["eos"],
             }
+        elif model == "gemma4":
+            merges = [tuple(pair.split(" ", 1)) for pair in _strings(metadata, key + "merges")]
+            vocabulary = sentencepiece_bpe(pieces, [], kinds, space_prefix=False, merges=merges)
+            metadata, add_bos = {**metadata, key + "add_bos_token": True}, True  # the first files say false by mistake
         else:
             # A file without the key is older than the key; llama.cpp too takes the one called "default".
             pre = pretokenizer(str(metadata.get(key + "pre", "default")))

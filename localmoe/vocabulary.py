@@ -87,8 +87,10 @@ def sentencepiece_bpe(
     space_prefix: bool,
     charsmap: bytes = b"",
     squeeze_spaces: bool = False,
+    merges: Iterable[tuple[str, ...]] | None = None,
 ) -> Vocabulary:
-    """SentencePiece's BPE: of two neighbours, those whose union has the best score are merged first.
+    """SentencePiece's BPE: of two neighbours, those whose union has the best score are merged first, or those that
+    stand first among `merges`, pairs of pieces (Gemma 4).
 
     `charsmap` is a precompiled normaliser, `squeeze_spaces` SentencePiece's remove_extra_whitespaces.
     """
@@ -96,8 +98,11 @@ def sentencepiece_bpe(
 
     ids = _ids(pieces)
     unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == Kind.UNKNOWN), None)
-    merges = merges_from_scores(pieces, scores, kinds)
-    engine = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    if merges is None:
+        pairs = merges_from_scores(pieces, scores, kinds)
+    else:  # one that leads to no token is passed over
+        pairs = [(pair[0], pair[1]) for pair in merges if len(pair) == 2 and {*pair, "".join(pair)} <= ids.keys()]
+    engine = Tokenizer(models.BPE(vocab=ids, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if squeeze_spaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]

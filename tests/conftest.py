@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from verified import NAME, write
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -18,3 +20,18 @@ def conformance() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no conformance data at {folder}: set LOCALMOE_CONFORMANCE to its folder")
     return folder
+
+
+CLAIMS: list[Any] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        CLAIMS.extend(value for name, value in report.user_properties if name == NAME)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With $LOCALMOE_RECORD, what was verified is written there, if nothing failed."""
+    path = os.environ.get("LOCALMOE_RECORD")
+    if path and CLAIMS and not session.testsfailed:
+        write(Path(path), CLAIMS)

@@ -70,6 +70,23 @@ def chosen_experts(network: Network, ids: Sequence[int]) -> list[tuple[Array, Ar
     return seen
 
 
+def chosen_positions(network: Network, ids: Sequence[int]) -> list[tuple[Array, Array]]:
+    """Per indexer, on the reference device: scores of all positions (T, T) and chosen ones (T, k), the rest -1."""
+    seen: list[tuple[Array, Array]] = []
+    with opened("reference", len(ids)) as device:
+        plan: Any = device.compile(network.program(len(ids), all_rows=True))
+
+        def watch(op: Any, inputs: Any, outputs: Any) -> None:
+            if op.name == "select":
+                keys = plan.device.caches[op.attributes["cache"].index][0][0]
+                products = np.maximum(np.einsum("tid,sd->tis", inputs[0], keys), 0)
+                seen.append((np.einsum("ti,tis->ts", inputs[1], products), outputs[0].copy()))
+
+        plan.watch = watch
+        plan.run(np.asarray(ids, np.int32), 0)
+    return seen
+
+
 def in_memory(
     metadata: Mapping[str, Any], tensors: Mapping[str, Array], *, formats: Callable[[str], str] = lambda name: "F32"
 ) -> Source:

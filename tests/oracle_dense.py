@@ -41,6 +41,29 @@ def olmo3(r: Random, rope: str) -> dict[str, Any]:
     return common(r, "plain") | layers(r, 5) | {"rope_parameters": ropes}
 
 
+def gemma4(r: Random, rope: str) -> dict[str, Any]:
+    """Small models have layer inputs and share keys and values; in large ones keys are values, some have experts."""
+    settings = gemma2(r, "plain") | layers(r, 7)
+    types = [r.choice(("sliding_attention", "full_attention")) for _ in range(2)] + ["full_attention"]
+    fewest = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    settings |= {"layer_types": r.choice((None, fewest + types)), "rope_parameters": {
+        "full_attention": {"rope_type": rope, "rope_theta": 1e6} | (
+            {"partial_rotary_factor": r.choice((0.25, 0.5)), "factor": r.choice((1.0, 8.0))}
+            if rope == "proportional" else {}
+        ),
+        "sliding_attention": {"rope_type": "default", "rope_theta": r.choice((500.0, 10000.0))},
+    }}  # fmt: skip
+    settings |= {"global_head_dim": r.choice((16, 32)), "attention_bias": False, "pad_token_id": 0}
+    del settings["query_pre_attn_scalar"], settings["attn_logit_softcapping"], settings["hidden_act"]
+    settings["hidden_activation"] = TANH
+    if r.random() < 0.5:
+        shared = {"num_kv_shared_layers": 3 if settings["layer_types"] else 1, "use_double_wide_mlp": r.random() < 0.5}
+        return settings | shared | {"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": VOCABULARY}
+    whole = {"attention_k_eq_v": r.random() < 0.7, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+    experts = {"num_experts": 7, "top_k_experts": r.choice((2, 3)), "moe_intermediate_size": 24}
+    return settings | whole | (experts | {"enable_moe_block": True} if r.random() < 0.6 else {})
+
+
 def phi3(r: Random, rope: str) -> dict[str, Any]:
     settings = common(r, "plain")
     width, share = r.choice((16, 24)), r.choice((0.5, 0.75, 1.0))
@@ -112,6 +135,7 @@ YARN = ("yarn, equal mscales", "yarn, two mscales", "yarn, mscale of all")
 
 DENSE: dict[str, Case] = {
     "gemma3": Case("Gemma3Text", gemma3, ("plain", "linear", "yarn")),
+    "gemma4": Case("Gemma4Text", gemma4, ("proportional", "default")),
     "gemma2": Case("Gemma2", gemma2, ("plain", "linear")),
     "phi3": Case("Phi3", phi3, ("plain", "longrope, short", "longrope, long", "longrope, attention factor")),
     "olmo2": Case("Olmo2", common),

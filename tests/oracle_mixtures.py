@@ -82,6 +82,35 @@ def hunyuan(r: Random, rope: str) -> dict[str, Any]:
     return settings
 
 
+def phimoe(r: Random, rope: str) -> dict[str, Any]:
+    """Long factors are the formula's matter: transformers 5.23 takes the short ones whatever the length."""
+    settings = common(r, "plain")
+    settings |= {"hidden_size": settings["num_attention_heads"] * 16, "num_local_experts": r.randrange(4, 17)}
+    if rope == "longrope":
+        factors = {name: [r.uniform(1, 8) for _ in range(8)] for name in ("short_factor", "long_factor")}
+        magnitudes = {"short_mscale": 1.3, "long_mscale": 1.3, "original_max_position_embeddings": 100}
+        settings["rope_parameters"] |= {"rope_type": "longrope", **factors, **magnitudes}
+    return settings | {
+        "num_experts_per_tok": 2, "lm_head_bias": r.random() < 0.5, "attention_bias": r.random() < 0.5,
+        "router_jitter_noise": r.choice((0.01, 0.3)), "sliding_window": r.choice((None, 5, 20)),
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def indexed(r: Random, rope: str) -> dict[str, Any]:
+    """So many indexer heads that no key is below zero for all; texts are mostly longer than what is chosen."""
+    settings = latent(r, rope, True) | r.choice((grouped, ungrouped))(r)
+    return settings | {
+        "norm_topk_prob": r.random() < 0.7, "index_topk": r.choice((5, 20, 200)), "index_n_heads": 24,
+        "index_head_dim": r.choice((12, 24)), "num_hidden_layers": 4,
+    }  # fmt: skip
+
+
+def glm_dsa(r: Random, rope: str) -> dict[str, Any]:
+    shared = [r.choice(("full", "shared")) for _ in range(3)]
+    return indexed(r, rope) | r.choice(({"indexer_types": ["full", *shared]}, {"index_topk_freq": 2}, {}))
+
+
 MIXTURES: dict[str, Case] = {
     "gpt-oss": Case(
         "GptOss", gpt_oss, ("plain", "yarn", "yarn, not truncated", "yarn, other betas", "yarn, attention factor")
@@ -92,9 +121,12 @@ MIXTURES: dict[str, Case] = {
     "granitemoe, shared": Case(
         "GraniteMoeShared", lambda r, rope: granite(r, rope) | {"shared_intermediate_size": r.choice((0, 24, 40))}
     ),
+    "phimoe": Case("Phimoe", phimoe, ("plain", "longrope")),
     "minimax-m2": Case("MiniMaxM2", minimax),
     "ernie4_5-moe": Case("Ernie4_5_Moe", ernie),
     "hunyuan-moe": Case("HunYuanMoEV1", hunyuan),
+    "deepseek-v3.2": Case("DeepseekV32", indexed, ("plain", "yarn", "yarn, mscale of all")),
+    "glm-dsa": Case("GlmMoeDsa", glm_dsa, ("plain",)),
     "mistral4": Case("Mistral4", mistral4, ("yarn, equal mscales", "yarn, two mscales", "yarn, mscale of all")),
 }
 

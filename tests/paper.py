@@ -43,6 +43,8 @@ class Formula:
     group_score: str = "max"
     masked: float = -np.inf
     biased_shares: bool = False
+    jitter: float = 0.01
+    mixed_over: str = "near"  # near, all: what a share of sparse mixing is a softmax of
     shared: str = "none"  # none, plain, gated
     latent: int = 0
     nope: int = 0
@@ -208,6 +210,8 @@ def mixture(f: Formula, b: Block, x: Array, has_bias: bool) -> Array:
 
 def shares(f: Formula, logits: Array, bias: Array) -> dict[int, float]:
     """One token's chosen experts and their shares; DeepSeek-V3, equations 12 to 16."""
+    if f.score == "sparsemixer":
+        return mixed(f, logits)
     score = softmax(logits) if f.score == "softmax" else sigmoid(logits)
     standing = score + bias
     per_group = len(score) // f.groups
@@ -221,3 +225,14 @@ def shares(f: Formula, logits: Array, bias: Array) -> dict[int, float]:
     weights = {e: float((standing if f.biased_shares else score)[e]) for e in chosen}
     total = sum(weights.values()) if f.normalise else 1.0
     return {e: w / total * f.share_scale for e, w in weights.items()}
+
+
+def mixed(f: Formula, logits: Array) -> dict[int, float]:
+    """Liu et al. 2024, section 2.2: one expert after the other; those far below the best do not count."""
+    left, found = list(enumerate(logits)), {}
+    for _ in range(f.used):
+        chosen, best = max(left, key=lambda one: one[1])
+        near = [x for _, x in left if (best - x) / max(abs(x), best) <= 2 * f.jitter or f.mixed_over == "all"]
+        found[chosen] = float(1 / np.exp(np.array(near) - best).sum())
+        left = [one for one in left if one[0] != chosen]
+    return found

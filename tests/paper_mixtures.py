@@ -20,6 +20,7 @@ class Mixture(Formula):
     turned: tuple[bool, ...] = ()  # layers with rope; empty: all of them
     normed: tuple[bool, ...] = ()  # layers with head norms; empty: all of them
     warmed: tuple[bool, ...] = ()  # layers with temperature
+    norm: str = "rms"  # rms, layer
     sinks: bool = True  # of those that are there
     router_biased: bool = True
     experts_biased: bool = True
@@ -56,12 +57,22 @@ def forward(f: Mixture, tensors: Tensors, ids: Sequence[int]) -> Array:
     x = tensors["token_embd.weight"].astype(np.float64)[list(ids)] * f.embedding_scale
     for i in range(f.blocks):
         b = Layer(tensors, i)
-        x = x + attention(f, b, i, rms(x, b("attn_norm.weight"), f.epsilon)) * f.residual_scale
+        x = x + attention(f, b, i, normed(f, b, "attn_norm", x)) * f.residual_scale
         before = "ffn_norm" if b.has("ffn_norm.weight") else "post_attention_norm"
-        h = rms(x, b(f"{before}.weight"), f.epsilon)
+        h = normed(f, b, before, x)
         x = x + (mixture(f, b, h) if b.has("ffn_gate_inp.weight") else swiglu(b, h, "ffn")) * f.residual_scale
-    head = tensors.get("output.weight", tensors["token_embd.weight"]).astype(np.float64)
-    return rms(x, tensors["output_norm.weight"].astype(np.float64), f.epsilon) @ head.T * f.logit_scale
+    tensors = {"output.weight": tensors["token_embd.weight"], **tensors}
+    last = Layer(
+        {n.replace("output", "blk.0.output"): array for n, array in tensors.items() if n.startswith("output")}, 0
+    )
+    return last.linear(normed(f, last, "output_norm", x), "output") * f.logit_scale
+
+
+def normed(f: Mixture, b: Layer, name: str, x: Array) -> Array:
+    if f.norm == "rms":
+        return rms(x, b(f"{name}.weight"), f.epsilon)
+    y = rms(x - x.mean(axis=-1, keepdims=True), b(f"{name}.weight"), f.epsilon)
+    return y + b(f"{name}.bias") if f.biased else y
 
 
 def attention(f: Mixture, b: Layer, i: int, x: Array) -> Array:

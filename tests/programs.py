@@ -13,7 +13,8 @@ from localmoe.formats import FORMATS, Format, Weight
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Program, Tensor, cache_row
-from localmoe.kernels.reference import ReferenceDevice, dequantise
+from localmoe.kernels.reference import ReferenceDevice
+from localmoe.kernels.reference_weights import dequantise
 
 Array = npt.NDArray[np.generic]
 Random = np.random.Generator

@@ -17,7 +17,7 @@ from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.isa import runnable
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import CacheLayer, Program, Temperature, Tensor
-from localmoe.kernels.reference import cached as cached_by_reference
+from localmoe.kernels.reference_weights import cached as cached_by_reference
 
 Array = npt.NDArray[np.generic]
 CONTEXT = 3 * CHUNK + 37

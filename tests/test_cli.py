@@ -296,8 +296,9 @@ def test_help_and_a_mistake_import_nothing_heavy() -> None:
     assert not {"numpy", "numba", "llvmlite", "prompt_toolkit", "jinja2", "tokenizers", "gguf"} & set(modules)
 
 
-def test_the_manual_is_up_to_date() -> None:
-    script = TESTS.parent / "docs" / "make_cli.py"
+@pytest.mark.parametrize("name", ["make_cli.py", "make_models.py"])
+def test_the_generated_pages_are_up_to_date(name: str) -> None:
+    script = TESTS.parent / "docs" / name
     with python(
         "import runpy, sys; sys.argv = [sys.argv[1], '--check']; runpy.run_path(sys.argv[0], run_name='__main__')",
         str(script),

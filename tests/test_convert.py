@@ -27,7 +27,7 @@ from localmoe.conversion.convert import convert
 from localmoe.errors import FileFormatError, SettingError, UnsupportedError
 from localmoe.formats import FORMATS
 from localmoe.kernels.quantise import quantise
-from localmoe.kernels.reference import values
+from localmoe.kernels.reference_weights import values
 from localmoe.loader.gguf import open_gguf
 from localmoe.loader.locate import open_source
 from localmoe.model import Network

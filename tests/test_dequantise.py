@@ -9,7 +9,7 @@ import pytest
 
 from localmoe.errors import UnsupportedError
 from localmoe.formats import FORMATS
-from localmoe.kernels.reference import dequantise
+from localmoe.kernels.reference_weights import dequantise
 
 GGML = (
     "IQ1_M IQ1_S IQ2_S IQ2_XS IQ2_XXS IQ3_S IQ3_XXS IQ4_NL IQ4_XS MXFP4 NVFP4 Q1_0 Q2_K Q3_K Q4_0 Q4_1 Q4_K Q5_0 Q5_1 "

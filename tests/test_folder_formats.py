@@ -317,7 +317,7 @@ def test_4_bit_integers_with_zeros_are_q4_1_but_for_the_rounding_of_a_minimum(na
     small, large, _ = two_folders(tmp_path, LLAMA, *ASYMMETRIC[name])
     weight, exact = (n.source.tensors["blk.1.ffn_up.weight"] for n in (small, large))
     assert weight.format.name == "Q4_1"
-    from localmoe.kernels.reference import values
+    from localmoe.kernels.reference_weights import values
 
     step = np.repeat(weight.slabs[0].reshape(-1, 20)[:, :2].copy().view(np.float16), 32).reshape(exact.shape)
     assert (np.abs(values(weight) - values(exact)) <= step.astype(np.float64) / 250).all()

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import deepseek2, qwen3moe
 
 import localmoe.inspection
-import localmoe.kernels.reference
+import localmoe.kernels.reference_weights
 from localmoe.errors import SettingError
 from localmoe.formats import KV_FORMATS
 from localmoe.inspection import PYTHON_NBYTES, Needed, needed, program_table, report
@@ -159,7 +159,7 @@ def test_all_that_is_needed_is_listed_with_its_sum(grouped: Path) -> None:
 
 
 def test_nothing_is_read_or_allocated_to_know_what_is_needed(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localmoe.kernels.reference, "dequantise", None)
+    monkeypatch.setattr(localmoe.kernels.reference_weights, "dequantise", None)
     assert needed(Network(open_source(grouped)), 10**9).cache == 256 * 10**9
 
 

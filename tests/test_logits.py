@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from families import greedy, logits, relative_error
+from verified import NAME as VERIFIED
+from verified import claim
 
 from localmoe.kernels.cpu.isa import runnable
 from localmoe.loader.locate import open_source
@@ -45,9 +48,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
-def test_logits_are_those_of_transformers(golden: Golden, device: str) -> None:
+def test_logits_are_those_of_transformers(
+    golden: Golden, device: str, record_property: Callable[[str, object], None]
+) -> None:
     for ids, right in golden.texts:
-        assert relative_error(logits(golden.network, ids, device), right) <= TOLERANCE
+        error = relative_error(logits(golden.network, ids, device), right)
+        assert error <= TOLERANCE
+        record_property(VERIFIED, claim(golden.network, "golden logits", "transformers 5.23", error))
 
 
 def test_prefill_in_chunks_is_the_whole_prefill(golden: Golden, device: str) -> None:

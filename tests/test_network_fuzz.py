@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import Tiny
-from tiny_recurrent import MODELS
+from registry import MODELS, written
 
 from localmoe.errors import LocalMoeError
 from localmoe.loader.locate import bundled, open_source
@@ -66,9 +64,15 @@ def test_mutated_metadata_of_a_folder_is_refused_or_sound(conformance: Path, fol
     run_all(open_source(conformance / "logits" / folder), 3)
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
-def test_mutated_metadata_of_a_recurrent_model_is_refused_or_sound(model: Callable[[], Tiny]) -> None:
-    run_all(model().source(), 1)
+@pytest.mark.parametrize("name", MODELS)
+def test_mutated_metadata_of_every_family_is_refused_or_sound(name: str, tmp_path: Path) -> None:
+    run_all(written(MODELS[name](), tmp_path / "tiny.gguf"), 13)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", MODELS)
+def test_every_mutation_of_every_family(name: str, tmp_path: Path) -> None:
+    run_all(written(MODELS[name](), tmp_path / "tiny.gguf"), 1)
 
 
 @pytest.mark.conformance

@@ -264,11 +264,30 @@ for _name, _router, _experts, _bias, _ties in (
         False,
         False,
     ),
+    ("sparsemixer", Router("sparsemixer", 2, False, choice="logits", jitter=0.2), 16, False, False),
+    ("sparsemixer, all of them near", Router("sparsemixer", 3, False, choice="logits", jitter=9.0), 19, False, True),
     ("sigmoid with groups, ties", Router("sigmoid", 4, True, 1.0, 4, 2, "top2"), 32, False, True),
 ):
     _ids, _shares = routed(_router, _experts, _bias, _ties)
     case(f"route ids, {_name}", 0.0)(_ids)
     case(f"route shares, {_name}")(_shares)
+
+
+@case("route shares, with factors of the experts")
+def _(ops: Ops, random: Random) -> Tensor:
+    logits, factors = given(ops, random.standard_normal((VOCABULARY, 9))), exactly(random.uniform(0.2, 3, 9))
+    return ops.route(logits, Router("softmax", 3, normalise=True), factors=factors)[1]
+
+
+@case("route shares, with a bias and factors")
+def _(ops: Ops, random: Random) -> Tensor:
+    logits, bias = given(ops, random.standard_normal((VOCABULARY, 9))), exactly(random.uniform(-1, 1, 9))
+    return ops.route(logits, Router("sigmoid", 3, normalise=False), bias, exactly(random.uniform(0.2, 3, 9)))[1]
+
+
+@case("scale by a number of the file")
+def _(ops: Ops, random: Random) -> Tensor:
+    return ops.scale(rows(ops, random, 40), 0.5, exactly([1.7]))
 
 
 def mixture(

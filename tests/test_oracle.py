@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from families import chosen_experts, in_memory, logits, relative_error
+from families import chosen_experts, chosen_positions, in_memory, logits, relative_error
 from oracle_cases import CASES, VOCABULARY, Case, latent, yarn
 from oracle_dense import DENSE
 from oracle_mixtures import MIXTURES
 from oracle_recurrent import RECURRENT
+from verified import NAME as VERIFIED
+from verified import claim
 
 from localmoe.evaluation.transformers_model import ROUTERS, expert_ids
 from localmoe.loader.locate import open_source
@@ -26,7 +30,9 @@ from localmoe.model import Network
 pytestmark = pytest.mark.oracle
 
 TOLERANCE = Case.tolerance
+WITNESS = "transformers 5.23"
 SEEDS = range(4)
+STORED = re.compile("correction_bias|layer_scalar")  # buffers that are saved
 TOKENS = 72  # original contexts are 16 or 32 tokens, windows 3 to 20
 ALL = {**CASES, **DENSE, **MIXTURES, **RECURRENT}
 RUNS = [(name, rope, seed) for name, case in ALL.items() for rope in case.ropes for seed in SEEDS]
@@ -47,29 +53,40 @@ def random_model(transformers: Any, config: Any, seed: int) -> Any:
     kind = getattr(transformers, name.replace("GPT2ForCausalLM", "GPT2LMHeadModel"))
     model = kind._from_config(config, attn_implementation="eager").eval().float()
     kept = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-    weights = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction_bias" in n)]
+    weights = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if STORED.search(n))]
     with torch.no_grad():
         for name, weight in weights:
             noise = torch.randn(weight.shape, generator=generator)
             if weight.dim() > 1:
                 weight.copy_(noise * (1.5 / weight.shape[-1] ** 0.5 if "embed" not in name else 1.0))
             else:
-                weight.copy_((1 + 0.3 * noise) if "norm" in name else 0.3 * noise)
+                weight.copy_((1 + 0.3 * noise) if re.search("norm|scalar", name) else 0.3 * noise)
             weight.copy_(weight.to(kept).float())
     return model
 
 
-def right_answer(model: Any, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits (T, V), and per MoE layer the ids (T, k) that its router returned."""
+@dataclass(frozen=True)
+class Answer:
+    """Logits (T, V), per MoE layer the ids (T, k) that its router returned, per indexer the positions (T, k)."""
+
+    logits: np.ndarray
+    experts: list[np.ndarray]
+    positions: list[np.ndarray]
+
+
+def right_answer(model: Any, ids: list[int]) -> Answer:
     import torch
 
     chosen: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     for module in model.modules():
         if type(module).__name__.endswith(ROUTERS):
             module.register_forward_hook(lambda module, inputs, outputs: chosen.append(expert_ids(module, outputs)))
+        if type(module).__name__.endswith("Indexer"):
+            module.register_forward_hook(lambda module, inputs, outputs: positions.append(outputs[0].numpy()))
     with torch.no_grad():
         result = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-    return result, chosen
+    return Answer(result, chosen, positions)
 
 
 def compare(
@@ -80,10 +97,16 @@ def compare(
     tolerance: float = TOLERANCE,
 ) -> None:
     """Routers first: where they part, the logits have to. Then both devices."""
-    right, chosen = right_answer(model, ids)
+    right = right_answer(model, ids)
+    indexers = zip(chosen_positions(network, ids), right.positions, strict=True)
+    for layer, ((scores, found), theirs) in enumerate(indexers):
+        for token in range(len(ids)):
+            kept = {position for position in theirs[token].tolist() if position <= token}
+            if other := kept ^ set(found[token].tolist()) - {-1}:
+                there = {position: float(scores[token, position]) for position in sorted(other)}
+                pytest.fail(f"indexer {layer}, token {token}: not chosen by both, with their scores: {there}")
     ours = chosen_experts(network, ids)
-    assert len(ours) == len(chosen)
-    for layer, ((scores, found, _), theirs) in enumerate(zip(ours, chosen, strict=True)):
+    for layer, ((scores, found, _), theirs) in enumerate(zip(ours, right.experts, strict=True)):
         for token in range(len(ids)):
             if set(found[token]) != set(theirs[token]):
                 best = np.sort(scores[token])[::-1]
@@ -92,10 +115,9 @@ def compare(
                     f"MoE layer {layer}, token {token}: chose {sorted(found[token])}, transformers"
                     f" {sorted(theirs[token])}; router logits lie {gaps} apart"
                 )
-    for device in ("reference", "cpu"):
-        error = relative_error(logits(network, ids, device), right)
-        report(f"{device} relative error", error)
-        assert error <= tolerance, device
+    errors = [relative_error(logits(network, ids, device), right.logits) for device in ("reference", "cpu")]
+    assert max(errors) <= tolerance, "on the reference device and on the cpu"
+    report(VERIFIED, claim(network, WITNESS, type(model).__name__.removesuffix("ForCausalLM"), max(errors)))
 
 
 @pytest.mark.parametrize(("name", "rope", "seed"), RUNS, ids=[f"{n}-{rope}-{seed}" for n, rope, seed in RUNS])

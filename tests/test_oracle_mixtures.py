@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from families import in_memory, logits, relative_error
 from oracle_cases import ROPES, VOCABULARY, common
-from oracle_dense import DENSE
+from oracle_dense import DENSE, gemma4
 from oracle_mixtures import chosen, glm4_moe, gpt_oss, llama4, save_as_mxfp4
-from test_oracle import SEEDS, TOKENS, TOLERANCE, compare, random_model, right_answer, transformers
+from test_oracle import SEEDS, TOKENS, TOLERANCE, WITNESS, compare, random_model, right_answer, transformers
+from verified import NAME as VERIFIED
+from verified import claim
 
 from localmoe.loader.locate import open_source
 from localmoe.model import Network
@@ -143,7 +145,7 @@ def test_ling_2_is_glm_4_5_with_head_norms_and_one_matrix(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_folder_of_gpt_oss_in_mxfp4_is_what_transformers_unpacks(
-    seed: int, transformers: Any, tmp_path: Path
+    seed: int, transformers: Any, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """As OpenAI publishes it: blocks and scales beside float biases; on the reference device, which rounds nothing."""
     import torch
@@ -153,8 +155,11 @@ def test_a_folder_of_gpt_oss_in_mxfp4_is_what_transformers_unpacks(
     model = random_model(transformers, transformers.GptOssConfig(**gpt_oss(r, "yarn, not truncated") | sizes), 3 * seed)
     save_as_mxfp4(model, generator, tmp_path)
     ids = [r.randrange(VOCABULARY) for _ in range(TOKENS)]
-    right, _ = right_answer(model, ids)
-    assert relative_error(logits(Network(open_source(tmp_path)), ids), right) <= TOLERANCE
+    right = right_answer(model, ids)
+    network = Network(open_source(tmp_path))
+    error = relative_error(logits(network, ids), right.logits)
+    assert error <= TOLERANCE
+    record_property(VERIFIED, claim(network, WITNESS, "GptOss", error))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -227,3 +232,23 @@ def test_a_text_model_is_read_from_a_folder_that_has_its_vision_model_too(
     network = Network(open_source(tmp_path))
     compare(network, model, [r.randrange(VOCABULARY) for _ in range(TOKENS)], record_property)
     assert "of vision or audio parts" in network.left_out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gemma_4_is_read_from_a_folder_that_has_its_vision_and_audio_models_too(
+    seed: int, transformers: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """As every Gemma 4 is published: text_config, longer names, and tensors that are skipped and said to be."""
+    r = Random(seed)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
+    audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    text = gemma4(r, "proportional") | {"tie_word_embeddings": True}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=audio)
+    both = transformers.Gemma4ForConditionalGeneration(config).eval().float()
+    model = random_model(transformers, config.text_config, 3 * seed)
+    both.model.language_model.load_state_dict(model.model.state_dict())
+    both.save_pretrained(tmp_path)
+    network = Network(open_source(tmp_path))
+    compare(network, model, [r.randrange(VOCABULARY) for _ in range(TOKENS)], record_property)
+    assert any(name.startswith("v.") for name in network.source.tensors)

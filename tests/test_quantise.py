@@ -15,7 +15,7 @@ from localmoe.formats import FORMATS, Weight
 from localmoe.kernels.cpu import isa
 from localmoe.kernels.cpu.quantise import NAMES
 from localmoe.kernels.quantise import LARGEST, QUANTISABLE, SCALED, quantise
-from localmoe.kernels.reference import dequantise
+from localmoe.kernels.reference_weights import dequantise
 from localmoe.quantisation.file_types import FILE_TYPES, Sizes, file_type, formats
 from localmoe.quantisation.quantiser import PIECE, Quantiser
 

@@ -12,7 +12,7 @@ from gguf_writing import Tensor, gguf_bytes
 from kernel_calls import random_rows
 
 from localmoe.formats import FORMATS
-from localmoe.kernels.reference import dequantise
+from localmoe.kernels.reference_weights import dequantise
 from localmoe.loader.gguf import open_gguf
 from localmoe.model import Network
 

@@ -12,7 +12,7 @@ from programs import CONTEXT, Random, cpu_runs, distance, given, reference_runs,
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import F8_E4M3, FORMATS, Scales, Weight
-from localmoe.kernels import reference
+from localmoe.kernels import reference_weights as reference
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.isa import runnable
 from localmoe.kernels.cpu.scaled import record

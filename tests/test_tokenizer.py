@@ -259,6 +259,25 @@ def test_spm_merges_the_best_score_first_and_falls_back_to_bytes() -> None:
     assert tokenizer.decode(tokenizer.encode("abc \u00e9")) == "abc \u00e9"
 
 
+def test_gemma_4_merges_by_its_list_puts_no_space_before_and_always_begins_with_bos() -> None:
+    """Spaces become U+2581, newlines are merged like letters, what is unknown falls back to bytes."""
+    pieces = spm_metadata()["tokenizer.ggml.tokens"] + ["\n", "\n\n"]
+    kinds = [*spm_metadata()["tokenizer.ggml.token_type"].tolist(), 1, 1]
+    merges = ["b c", "a b", "\u2581 ab", "\n \n", "c c"]
+    metadata = spm_metadata(model="gemma4", tokens=pieces, token_type=kinds, merges=merges, add_bos_token=False)
+    tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.bos_token_id": 1})
+    assert shown(tokenizer, tokenizer.encode("abc ab")) == ["<s>", "a", "bc", " ab"]
+    assert shown(tokenizer, tokenizer.encode("a\n\n\n\u00e9", bos=False)) == ["a", "\n\n", "\n", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer.encode("abc  ab\n<tool>\u00e9")) == "abc  ab\n<tool>\u00e9"
+
+
+def test_glm_takes_a_word_that_is_a_token_unmerged_and_its_first_version_does_not() -> None:
+    pieces = [*BYTES, "abc"]
+    for name, expected in (("glm4", ["abc"]), ("glm5", ["abc"]), ("chatglm-bpe", ["a", "b", "c"])):
+        tokenizer = Tokenizer.from_gguf(byte_level_metadata(pieces, [], name))
+        assert shown(tokenizer, tokenizer.encode("abc")) == expected
+
+
 def test_spm_puts_a_space_after_every_special_token_unless_told_not_to() -> None:
     with_space = Tokenizer.from_gguf(spm_metadata())
     without = Tokenizer.from_gguf(spm_metadata(add_space_prefix=False))

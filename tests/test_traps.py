@@ -53,7 +53,7 @@ from tiny import (
 from localmoe.arch.deepseek2 import read_router
 from localmoe.arch.rope import Rope
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.kernels.reference import choose
+from localmoe.kernels.reference_router import choose
 from localmoe.loader.huggingface_config import config_keys
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata

@@ -348,6 +348,11 @@ def test_phi_configs_give_longropes_amplitude() -> None:
     assert (found["rope.factors_short"], found["rope.factors_long"]) == ([1.0] * 8, [2.0] * 8)
     with pytest.raises(FileFormatError, match="long_factor"):
         keys_of("phi3", rope_scaling={**factors, "long_factor": [2.0] * 7})
+    named = {**factors, "short_mscale": 1.24, "long_mscale": 1.24, "original_max_position_embeddings": 4096}
+    found = keys_of("phimoe", rope_scaling=named, num_local_experts=4, num_experts_per_tok=2)
+    assert (found["rope.scaling.attn_factor"], found["rope.scaling.original_context_length"]) == (1.24, 4096)
+    with pytest.raises(UnsupportedError, match="long_mscale is "):
+        keys_of("phimoe", rope_scaling={**named, "long_mscale": 1.5}, num_local_experts=4, num_experts_per_tok=2)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from paper_mixtures import forward
 from tiny import BASE, IDS, D, E, F, Tiny, d, mistral_large
 from tiny_mixtures import (
     MODELS,
+    SHORT,
     SPAN,
     WIDE,
     bailingmoe2,
@@ -28,12 +29,13 @@ from tiny_mixtures import (
     hunyuan,
     llama4,
     minimax_m2,
+    phimoe,
     ramp,
 )
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import FORMATS, Weight
-from localmoe.kernels.reference import values
+from localmoe.kernels.reference_weights import values
 from localmoe.loader.huggingface_config import FAMILIES
 from localmoe.model import Network
 
@@ -124,6 +126,15 @@ TRAPS = [
     trap("shares from the biased scores", ernie, biased_shares=True),
     trap("shares not renormalised", ernie, normalise=False),
     trap("no shared expert", ernie, shared="none"),
+    trap("a softmax over all experts", phimoe, score="softmax"),
+    trap("a softmax over the two, as llama.cpp has it", phimoe, score="softmax", normalise=True),
+    trap("far experts count in a share", phimoe, mixed_over="all"),
+    trap("the published jitter for the file's", phimoe, jitter=0.01),
+    trap("RMS norms", phimoe, norm="rms"),
+    trap("no biases", phimoe, biased=False),
+    trap("short factors in a long context", phimoe, ONE_KEY, frequencies=plain_frequencies(d, BASE) / SHORT),
+    trap("no amplitude", phimoe, ONE_KEY, amplitude=1.0),
+    trap("rope in pairs instead of halves", phimoe, ONE_KEY, layout="pairs"),
     trap("head norms before rope", hunyuan, ONE_KEY, norm_before_rope=True),
     trap("no head norms", hunyuan, ONE_KEY, head_norm="none"),
     trap("shares not renormalised", hunyuan, normalise=False),
@@ -176,6 +187,7 @@ SABOTAGE: list[tuple[Callable[[], Tiny], Callable[[Network], None], dict[str, An
     (minimax_m2, set_router(normalise=False), {"normalise": False}),
     (ernie, set_router(normalise=False), {"normalise": False}),
     (hunyuan, set_router(normalise=False), {"normalise": False}),
+    (phimoe, set_router(jitter=0.01), {"jitter": 0.01}),
 ]
 
 
@@ -282,6 +294,19 @@ def test_ernies_experts_are_in_every_second_layer_from_the_first_sparse_one_on()
     config = ernie().network().config
     assert [config.sparse(i) for i in range(4)] == [False, True, False, True]
     assert [replace(config, leading_dense_block_count=2).sparse(i) for i in range(4)] == [False, False, False, True]
+
+
+def test_phimoe_takes_the_short_factors_in_a_context_that_is_no_longer_than_the_original() -> None:
+    tiny = phimoe().with_keys(rope__scaling__original_context_length=64)
+    assert (
+        relative_error(logits(tiny.network(), IDS), right(tiny, frequencies=plain_frequencies(d, BASE) / SHORT))
+        <= TOLERANCE
+    )
+
+
+def test_phimoes_router_has_the_published_jitter_where_the_file_is_silent() -> None:
+    tiny = phimoe().with_keys(expert_router_jitter=None)
+    assert relative_error(logits(tiny.network(), IDS), right(tiny, jitter=0.01)) <= TOLERANCE
 
 
 # Experts as safetensors folders store them.
@@ -391,6 +416,9 @@ def test_experts_of_another_shape_are_refused(kind: str, stored: dict[str, np.nd
         (ernie, "expert_gating_func", 2),
         (hunyuan, "expert_weights_norm", False),
         (hunyuan, "expert_gating_func", 2),
+        (phimoe, "expert_gating_func", 2),
+        (phimoe, "expert_used_count", 3),
+        (phimoe, "rope.scaling.type", "yarn"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_key_and_value(model: Callable[[], Tiny], key: str, value: Any) -> None:

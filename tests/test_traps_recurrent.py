@@ -35,7 +35,7 @@ from tiny_recurrent import (
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import FORMATS, Weight
 from localmoe.inspection import report
-from localmoe.kernels.reference import values
+from localmoe.kernels.reference_weights import values
 from localmoe.loader.huggingface_config import FAMILIES, config_keys
 from localmoe.loader.locate import open_source
 from localmoe.model import Network

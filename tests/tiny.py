@@ -205,6 +205,11 @@ def mistral_large() -> Tiny:
     return Tiny("deepseek2", {**MLA_KEYS, **keys}, made, replace(formula, temperature=(0.4, 6, 0)))
 
 
+def mistral4() -> Tiny:
+    """Mistral Small 4: llama.cpp's converter and graph are those of Mistral Large 3."""
+    return replace(mistral_large(), architecture="mistral4")
+
+
 def split_heads(tiny: Tiny) -> Tiny:
     """The newer form of a deepseek2 file: k_b and v_b apart, k_b transposed, keys that describe the latent."""
     made = dict(tiny.tensors)
@@ -221,6 +226,6 @@ MODELS = {
     f.__name__: f
     for f in (
         llama, mistral, mixtral, qwen2, qwen2moe, qwen3, qwen3moe, olmoe, deepseek_lite, deepseek_v2, deepseek_v3,
-        mistral_large,
+        mistral_large, mistral4,
     )
 }  # fmt: skip

@@ -26,6 +26,7 @@ from tiny import (
     K,
     S,
     Tiny,
+    V,
     d,
     random_tensors,
     tensors,
@@ -34,6 +35,7 @@ from tiny import (
 SPAN, CONTEXT, WIDE = 5, 16, 48  # a window's or chunk's tokens, YaRN's original context, width of dense layers
 MOE = {**CHOSEN, "expert_feed_forward_length": F}
 PLAIN = Mixture(2, H, K, d, plain_frequencies(d, BASE), d**-0.5, used=3)
+SHORT, LONG = (np.linspace(1, most, d // 2).astype(np.float32) for most in (2, 9))
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": FACTOR, "rope.scaling.original_context_length": CONTEXT}
 
 
@@ -155,6 +157,22 @@ def hunyuan() -> Tiny:
     return Tiny("hunyuan-moe", keys, tensors({**ATTENTION, **HEAD_NORMS, **EXPERTS, **SHARED}), formula)
 
 
+def phimoe() -> Tiny:
+    """Its original context is shorter than the text, so that the long factors count."""
+    norms = {"attn_norm.bias": (D,), "ffn_norm.bias": (D,)}
+    made = tensors({**ATTENTION, **BIASES, "attn_output.bias": (D,), **norms, **EXPERTS})
+    made |= random_tensors({"output_norm.bias": (D,), "output.bias": (V,)}, 2)
+    made |= {"rope_factors_short.weight": SHORT, "rope_factors_long.weight": LONG}
+    keys = {**COMMON, "expert_count": E, "expert_used_count": 2, "expert_router_jitter": 0.3}
+    keys |= {"rope.scaling.original_context_length": CONTEXT, "rope.scaling.attn_factor": 1.3}
+    formula = replace(
+        PLAIN, used=2, score="sparsemixer", jitter=0.3, norm="layer", amplitude=1.3,
+        frequencies=plain_frequencies(d, BASE) / LONG,
+    )  # fmt: skip
+    return Tiny("phimoe", keys, made, formula)
+
+
 MODELS = {
-    f.__name__: f for f in (gpt_oss, llama4, glm4moe, bailingmoe2, deepseek, granitemoe, minimax_m2, ernie, hunyuan)
+    f.__name__: f
+    for f in (gpt_oss, llama4, glm4moe, bailingmoe2, deepseek, granitemoe, minimax_m2, ernie, hunyuan, phimoe)
 }

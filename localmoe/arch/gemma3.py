@@ -3,7 +3,7 @@ each branch. Gemma Team 2025, Gemma 3 Technical Report, section 2."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from localmoe.arch.rope import Rope
@@ -53,7 +53,7 @@ class Config:
             logit_softcap=meta.float("final_logit_softcapping", 0.0),
             rms_epsilon=meta.float("attention.layer_norm_rms_epsilon"),
             rope=rope,
-            local_rope=replace(rope, scaling="none", base=meta.float("rope.freq_base_swa", 10000.0)),
+            local_rope=rope.windowed(meta, rope.dimensions),
             vocabulary=meta.vocabulary,
         )
 

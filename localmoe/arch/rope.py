@@ -7,7 +7,7 @@ for rounding (float32 throughout), llama.cpp's llama-context.cpp for the meaning
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, log, pi
 
 import numpy as np
@@ -78,6 +78,16 @@ class Rope:
             magnitude_all=magnitude_all,
             truncate=meta.bool("rope.scaling.yarn_truncate", True),
         )
+
+    def windowed(self, meta: Metadata, width: int) -> Rope:
+        """The rope of layers with a window, whose heads are `width` wide: a base of its own, nothing stretched."""
+        base, dimensions = meta.float("rope.freq_base_swa", 10000.0), meta.int("rope.dimension_count_swa", width)
+        if base <= 1 or not 0 < dimensions <= width or dimensions % 2:
+            raise FileFormatError(
+                f"{meta.origin}: rope of base {base:g} and {dimensions} dimensions in layers with a window is not "
+                f"possible; base > 1 and even dimensions of at most {width} are"
+            )
+        return replace(self, scaling="none", base=base, dimensions=dimensions)
 
     @property
     def softmax_magnitude(self) -> float:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from localmoe.evaluation.windows import Ids
 from localmoe.kernels.program import Floats, Op, Progress
-from localmoe.kernels.reference import standing_of, values
+from localmoe.kernels.reference_router import standing_of
+from localmoe.kernels.reference_weights import values
 from localmoe.model import Model
 
 BLOCK = re.compile(r"blk\.(\d+)\.")

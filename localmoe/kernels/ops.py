@@ -26,7 +26,7 @@ from localmoe.kernels.program import (
 )
 
 GLU_KINDS = ("silu", "sigmoid", "gelu", "clamped_swish", "product")
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Cache:
@@ -133,6 +133,7 @@ class Ops:
         temperature: Temperature | None = None,
         softcap: float = 0.0,
         sinks: Weight | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:
         """Causal softmax attention of q (T, H, dk) over everything in the cache layer, this step included -> (T, H,
         dv).
@@ -140,15 +141,29 @@ class Ops:
         Head h reads kv-head h // (H / K). `window` > 0: a query sees its last `window` positions only, itself included;
         `chunk` > 0: those from the last multiple of `chunk` on (Llama 4). `softcap` > 0: scores become softcap ·
         tanh(score / softcap). `sinks` (H,): one more logit for each head, in the softmax's sum but without a value
-        (gpt-oss).
+        (gpt-oss). `selected`: a query sees only the positions that `select` chose for it.
         """
         self.check(q.shape[1] % cache.heads == 0 and q.shape[2] == cache.key_width, "attention", "heads or width", q)
         self.check(sinks is None or sinks.shape == q.shape[1:2], "attention", "sinks", q, sinks)
         assert not (window and chunk), "a layer has a window or chunks"
+        assert selected is None or not (window or chunk or sinks), "chosen positions are all that limits a layer"
         out = self.new((q.shape[0], q.shape[1], cache.value_width or cache.value_prefix))
         seen = {"window": window, "chunk": chunk, "temperature": temperature, "softcap": softcap}
-        self.record("attention", (q,), (out,), (sinks,) if sinks else (), cache=cache, scale=scale, **seen)
+        inputs = (q,) if selected is None else (q, selected)
+        self.record("attention", inputs, (out,), (sinks,) if sinks else (), cache=cache, scale=scale, **seen)
         return out
+
+    def select(self, q: Tensor, weights: Tensor, cache: CacheLayer, count: int) -> Tensor:
+        """The `count` positions of each token with the highest scores, itself and earlier ones: q (T, I, d), weights
+        (T, I), keys (T, 1, d) of the cache layer -> int32 (T, count), ascending, the rest -1.
+
+        score = Σ over the I heads of weight · max(q · key, 0); of equal ones the earlier is chosen. DeepSeek-V3.2
+        (2025), section 2.1.
+        """
+        fits = cache.heads == 1 and q.shape[2] == cache.key_width and weights.shape == q.shape[:2] and count > 0
+        self.check(fits, "select", "heads or width", q, weights)
+        ids = self.new((q.shape[0], count), "i32")
+        return self.record("select", (q, weights), (ids,), cache=cache)[0]
 
     def causal_conv(self, parts: Sequence[Tensor], weight: Weight, state: StateLayer) -> Tensor:
         """Heads (T, H, d) of several parts beside one another, C channels in all, through a causal convolution of each
@@ -198,9 +213,10 @@ class Ops:
         """x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 -> shape of x. Hendrycks & Gimpel 2016, their approximation."""
         return self.record("gelu", (x,), (self.new(x.shape),))[0]
 
-    def scale(self, x: Tensor, factor: float) -> Tensor:
-        """x · factor -> shape of x."""
-        return self.record("scale", (x,), (self.new(x.shape),), factor=factor)[0]
+    def scale(self, x: Tensor, factor: float, weight: Weight | None = None) -> Tensor:
+        """x · factor, and times the one number of `weight` if there is one -> shape of x."""
+        self.check(weight is None or weight.elements == 1, "scale", "one number", x, weight)
+        return self.record("scale", (x,), (self.new(x.shape),), (weight,) if weight else (), factor=factor)[0]
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         """cap · tanh(x / cap) -> shape of x. Gemma Team 2024, section 2."""
@@ -215,20 +231,26 @@ class Ops:
         self.check(kind in GLU_KINDS and gate.shape in (up.shape, (up.shape[0], 1)), "glu", kind, gate, up)
         return self.record("glu", (gate, up), (self.new(up.shape),), kind=kind)[0]
 
-    def route(self, logits: Tensor, router: Router, bias: Weight | None = None) -> tuple[Tensor, Tensor]:
+    def route(
+        self, logits: Tensor, router: Router, bias: Weight | None = None, factors: Weight | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Router logits (T, E) -> ids (T, k) of int32 and shares (T, k), best first; ties go to the lower id.
 
         scores = softmax or sigmoid of the logits. The choice is made on scores + bias, or with `choice` "logits" on the
         logits, which a sigmoid may round to the same 1: with groups > 1 only experts of
         the best `groups_used` groups stand (a group's score is its largest, "max", or the sum of its two largest,
         "top2"; the others are -inf). Shares are the *unbiased* scores of the chosen, divided by their sum if
-        `normalise`, times `scale`.
+        `normalise`, times `scale`, and times the expert's own of `factors` (E,) if there are any.
+
+        "sparsemixer" (with `choice` "logits", Liu et al. 2024): one after the other; a share is the softmax, over those
+        not chosen before whose logit x lies within 2 · `jitter` · max(|x|, best) of the best one.
         """
         fits = 0 < router.used <= logits.shape[1] and logits.shape[1] % router.groups == 0
         self.check(fits and 0 < router.groups_used <= router.groups, "route", f"{router}", logits)
-        assert router.score in SCORES
+        assert router.score in SCORES and (router.score != "sparsemixer" or router.choice == "logits")
         ids, shares = self.new((logits.shape[0], router.used), "i32"), self.new((logits.shape[0], router.used))
-        self.record("route", (logits,), (ids, shares), (bias,) if bias else (), router=router)
+        weights = tuple(w for w in (bias, factors) if w is not None)
+        self.record("route", (logits,), (ids, shares), weights, router=router, biased=bias is not None)
         return ids, shares
 
     def experts(

@@ -163,6 +163,7 @@ class Router:
     groups_used: int = 1
     group_score: str = "max"
     choice: str = "scores"
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -194,7 +195,11 @@ class Op:
         if self.name == "attention":
             layer: CacheLayer = self.attributes["cache"]
             values = layer.value_width or layer.value_prefix
+            if len(self.inputs) > 1:
+                context = min(context, self.inputs[1].shape[1])
             return 2 * tokens * context * self.inputs[0].shape[1] * (layer.key_width + values)
+        if self.name == "select":
+            return 2 * tokens * context * prod(self.inputs[0].shape[1:])
         if self.name == "experts":
             return 2 * tokens * self.inputs[1].shape[1] * sum(w.elements // w.shape[0] for w in self.matrices)
         if self.name in ("linear", "head_linear", "causal_conv"):

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localmoe.errors import UnsupportedError
-from localmoe.formats import KV_FORMATS, Bytes, Format, Weight
+from localmoe.formats import KV_FORMATS
 from localmoe.kernels.program import (
     IN_PLACE,
     CacheLayer,
@@ -18,99 +17,16 @@ from localmoe.kernels.program import (
     Op,
     Program,
     RopeTable,
-    Router,
     StateSlots,
     Tensor,
     Watcher,
 )
-from localmoe.kernels.reference_states import Carried, convolved, delta_rows
+from localmoe.kernels.reference_router import choose
+from localmoe.kernels.reference_states import Carried, convolved, delta_rows, sigmoid
+from localmoe.kernels.reference_weights import cached, matrix, values
+from localmoe.kernels.reference_weights import rows as rows_of
 
 Array = npt.NDArray[Any]
-
-
-def dequantise(data: Bytes, format: Format) -> Floats:
-    """Blocks -> float32 values, by the `gguf` package (which follows ggml's dequantize_row functions)."""
-    if format.name == "F32":
-        return data.view(np.float32)
-    if format.name == "F16":
-        return data.view(np.float16).astype(np.float32)
-    if format.name == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if format.name in _UNKNOWN_TO_GGUF:
-        return _UNKNOWN_TO_GGUF[format.name](data.reshape(-1, format.nbytes)).reshape(-1)
-    from gguf import GGMLQuantizationType, quants
-
-    try:
-        return quants.dequantize(data, GGMLQuantizationType(format.id)).reshape(-1).astype(np.float32)
-    except (NotImplementedError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"the reference device cannot dequantise {format.name} blocks") from error
-
-
-def _half(blocks: Array) -> Floats:
-    """The float16 that blocks begin with, (blocks, 1)."""
-    return np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-
-
-def _q1_0(blocks: Array) -> Floats:
-    """A float16 scale, then 128 sign bits, a set one positive."""
-    signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(bool)
-    return np.where(signs, _half(blocks), -_half(blocks))
-
-
-def _q2_0(blocks: Array) -> Floats:
-    """A float16 scale, then 64 times two bits, the lowest first: -1 to 2."""
-    two = (blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
-    return _half(blocks) * (two.reshape(len(blocks), -1).astype(np.float32) - 1)
-
-
-def _q8_k(blocks: Array) -> Floats:
-    """A float32 scale, then 256 whole numbers; sums of 16 follow, that only products need."""
-    scale = np.ascontiguousarray(blocks[:, :4]).view(np.float32)
-    return np.asarray(scale * blocks[:, 4:260].view(np.int8))
-
-
-def _f8_e4m3(blocks: Array) -> Floats:
-    """A sign, four bits of exponent (bias 7, 0: subnormal) and three of the fraction."""
-    bits = blocks.astype(np.int32)
-    exponent, fraction = (bits >> 3) & 15, (bits & 7).astype(np.float32)
-    size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(fraction + 8, exponent - 10))
-    return np.asarray(np.where(bits & 128, -size, size), np.float32)
-
-
-_UNKNOWN_TO_GGUF: dict[str, Callable[[Array], Floats]] = {
-    "Q1_0": _q1_0, "Q2_0": _q2_0, "Q8_K": _q8_k, "F8_E4M3": _f8_e4m3,
-}  # fmt: skip
-
-
-def values(weight: Weight) -> Floats:
-    """All values of a weight, in its shape."""
-    return np.stack([matrix(weight, i) for i in range(len(weight.slabs))]).reshape(weight.shape)
-
-
-def matrix(weight: Weight, index: int = 0) -> Floats:
-    """One matrix of a weight, (rows, columns)."""
-    return rows(weight, 0, weight.rows, index)
-
-
-def rows(weight: Weight, start: int, stop: int, index: int = 0) -> Floats:
-    """Rows of one matrix of a weight, (stop - start, columns)."""
-    data = weight.slabs[index][start * weight.row_nbytes : stop * weight.row_nbytes]
-    plain = dequantise(data, weight.format).reshape(stop - start, weight.columns)
-    return plain * weight.scales[index].of_rows(start, stop, weight.columns) if weight.scales else plain
-
-
-def cached(rows: Array, format: Format) -> Floats:
-    """What is left of rows (…, d) in a cache of `format`: rounded to float16, or to Q8_0 block by block, the last one
-    filled up with zeros."""
-    if format.elements == 1:
-        return rows.astype(np.float16 if format.name == "F16" else np.float32).astype(np.float32)
-    width = rows.shape[-1]
-    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -width % format.elements)]
-    blocks = np.pad(rows.astype(np.float32), padding).reshape(*rows.shape[:-1], -1, format.elements)
-    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-30)
-    values: Floats = np.rint(blocks * inverse) * scale.astype(np.float16).astype(np.float32)
-    return values.reshape(*rows.shape[:-1], -1)[..., :width]
 
 
 class ReferenceDevice:
@@ -187,7 +103,7 @@ def _view(store: dict[int, Array], tensor: Tensor, tokens: int) -> Array:
 
 def embed(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
     (weight,) = op.weights
-    return [np.concatenate([rows(weight, t, t + 1) for t in inputs[0]])]
+    return [np.concatenate([rows_of(weight, t, t + 1) for t in inputs[0]])]
 
 
 def rms_norm(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
@@ -274,6 +190,10 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
         seen &= np.arange(end)[None, :] > at[:, None] - window
     if chunk := op.attributes["chunk"]:
         seen &= np.arange(end)[None, :] >= (at // chunk * chunk)[:, None]
+    if len(inputs) > 1:
+        chosen = np.zeros((tokens, end + 1), bool)  # the last column takes the -1s
+        np.put_along_axis(chosen, inputs[1], True, axis=1)
+        seen &= chosen[:, :end]
     scores = np.where(seen, scores, -np.inf)
     if op.weights:
         sinks = np.broadcast_to(values(op.weights[0]).reshape(layer.heads, -1, 1, 1), (*scores.shape[:3], 1))
@@ -281,6 +201,19 @@ def attention(device: ReferenceDevice, op: Op, inputs: list[Array], position: in
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = (weights / weights.sum(axis=-1, keepdims=True))[..., :end]
     return [np.einsum("kgts,ksd->tkgd", weights, v).reshape(tokens, q.shape[1], -1)]
+
+
+def select(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
+    layer: CacheLayer = op.attributes["cache"]
+    (q, weights), count = inputs, op.outputs[0].shape[1]
+    keys = device.caches[layer.index][0][0, : position + len(q)]  # (S, d)
+    products = np.maximum(np.einsum("tid,sd->tis", q.astype(np.float32), keys), 0)
+    scores = np.einsum("ti,tis->ts", weights.astype(np.float32), products)
+    ids = np.full((len(q), count), -1, np.int32)
+    for t, at in enumerate(range(position, position + len(q))):
+        best = np.sort(np.argsort(-scores[t, : at + 1], kind="stable")[:count])
+        ids[t, : len(best)] = best
+    return [ids]
 
 
 def causal_conv(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
@@ -293,11 +226,6 @@ def delta_rule(device: ReferenceDevice, op: Op, inputs: list[Array], position: i
     carried = Carried(device.states[op.attributes["state"].index], device.slots, position, len(inputs[0]))
     rate, bias = map(values, op.weights)
     return [delta_rows(inputs, rate, bias, carried, op.attributes["tiled"])]
-
-
-def sigmoid(x: Array) -> Array:
-    with np.errstate(over="ignore"):
-        return np.asarray(1 / (1 + np.exp(-x.astype(np.float32))))
 
 
 def gated(kind: str, gate: Array, up: Array) -> Array:
@@ -326,7 +254,8 @@ def gelu(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) ->
 
 
 def scale(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
-    return [inputs[0] * np.float32(op.attributes["factor"])]
+    factor = np.float32(op.attributes["factor"])
+    return [inputs[0] * (factor * values(op.weights[0])[0] if op.weights else factor)]
 
 
 def softcap(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
@@ -338,38 +267,11 @@ def add_positions(device: ReferenceDevice, op: Op, inputs: list[Array], position
     return [inputs[0] + values(op.weights[0])[position : position + len(inputs[0])]]
 
 
-def standing_of(router: Router, logits: Floats, bias: Floats | None) -> tuple[Floats, Floats]:
-    """Logits (T, E) -> scores, and what experts are chosen by before groups come in."""
-    if router.score == "softmax":
-        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
-    else:
-        scores = sigmoid(logits)
-    standing = logits if router.choice == "logits" else scores
-    return scores, standing if bias is None else standing + bias
-
-
-def choose(router: Router, logits: Floats, bias: Floats | None) -> tuple[npt.NDArray[np.int32], Floats]:
-    """`Ops.route` on arrays: logits (T, E) -> ids (T, k), shares (T, k)."""
-    scores, standing = standing_of(router, logits, bias)
-    if router.groups > 1:
-        by_group = standing.reshape(len(logits), router.groups, -1)
-        best = np.sort(by_group, axis=2)[:, :, ::-1]
-        strength = best[:, :, 0] if router.group_score == "max" else best[:, :, :2].sum(axis=2)
-        kept = np.argsort(-strength, axis=1, kind="stable")[:, : router.groups_used]
-        mask = np.full(strength.shape, -np.inf, np.float32)
-        np.put_along_axis(mask, kept, 0, axis=1)
-        standing = (by_group + mask[:, :, None]).reshape(logits.shape)
-    ids = np.argsort(-standing, axis=1, kind="stable")[:, : router.used]
-    shares = np.take_along_axis(scores, ids, axis=1)
-    if router.normalise:
-        shares = shares / (shares.sum(axis=1, keepdims=True) + np.float32(1e-20))
-    return ids.astype(np.int32), (shares * np.float32(router.scale)).astype(np.float32)
-
-
 def route(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
-    bias = values(op.weights[0]) if op.weights else None
-    return list(choose(op.attributes["router"], inputs[0].astype(np.float32), bias))
+    weights = [values(weight) for weight in op.weights]
+    bias = weights.pop(0) if op.attributes["biased"] else None
+    ids, shares = choose(op.attributes["router"], inputs[0].astype(np.float32), bias)
+    return [ids, shares * weights[0][ids] if weights else shares]
 
 
 def experts(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
@@ -405,6 +307,7 @@ _TWINS: dict[str, Callable[[ReferenceDevice, Op, list[Array], int], list[Array]]
         concat,
         cache_append,
         attention,
+        select,
         causal_conv,
         delta_rule,
         glu,

@@ -43,7 +43,7 @@ def convolved(x: Array, weight: Floats, carried: Carried) -> Floats:
     for seen in range(1, len(x) + 1):
         carried.leave(past[seen : seen + len(before)], seen)
     y: Floats = sum((past[j : j + len(x)] * weight[:, j] for j in range(weight.shape[1])), np.zeros_like(x))
-    return y * _sigmoid(y)
+    return y * sigmoid(y)
 
 
 def delta_rows(inputs: Sequence[Array], rate: Floats, bias: Floats, carried: Carried, tiled: bool) -> Floats:
@@ -61,13 +61,13 @@ def delta_rows(inputs: Sequence[Array], rate: Floats, bias: Floats, carried: Car
     state, out = carried.before(), np.empty_like(value)
     for t in range(len(value)):
         state *= alpha[t, :, None, None]
-        error = (value[t] - np.einsum("hkv,hk->hv", state, key[t])) * _sigmoid(beta[t, :, None])
+        error = (value[t] - np.einsum("hkv,hk->hv", state, key[t])) * sigmoid(beta[t, :, None])
         state += key[t, :, :, None] * error[:, None, :]
         out[t] = np.einsum("hkv,hk->hv", state, query[t])
         carried.leave(state, t + 1)
     return out
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     with np.errstate(over="ignore"):
         return np.asarray(1 / (1 + np.exp(-x)))

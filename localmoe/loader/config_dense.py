@@ -115,19 +115,26 @@ def phi3(settings: Settings, keys: Keys, architecture: str) -> None:
     keys["rope.dimension_count"] = int(keys["attention.key_length"] * share)
     original = settings.whole("original_max_position_embeddings", default=4096)
     inner.take("original_max_position_embeddings")  # transformers goes by the one outside
+    if long_rope(inner, keys, original):
+        factor = inner.number("factor", default=keys["context_length"] / original)
+        amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        keys["rope.scaling.attn_factor"] = inner.number("attention_factor", default=amplitude)
+    inner.finish()
+
+
+def long_rope(inner: Settings, keys: Keys, original: int) -> bool:
+    """Whether there is LongRoPE, and its factors."""
     kind = inner.take("rope_type", "type") or "default"
     if kind not in ("default", "longrope", "su"):
         raise UnsupportedError(f"{inner.origin}: rope_type is {shown(kind)}; possible are default and longrope")
-    if kind != "default":
-        if original < 2:
-            raise settings.wrong("original_max_position_embeddings", original, "at least 2")
-        factor = inner.number("factor", default=keys["context_length"] / original)
-        amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        keys["rope.scaling.original_context_length"] = original
-        keys["rope.scaling.attn_factor"] = inner.number("attention_factor", default=amplitude)
-        for length in ("short", "long"):
-            keys[f"rope.factors_{length}"] = _factors(inner, f"{length}_factor", keys["rope.dimension_count"] // 2)
-    inner.finish()
+    if kind == "default":
+        return False
+    if original < 2:
+        raise inner.wrong("original_max_position_embeddings", original, "at least 2")
+    keys["rope.scaling.original_context_length"] = original
+    for length in ("short", "long"):
+        keys[f"rope.factors_{length}"] = _factors(inner, f"{length}_factor", keys["rope.dimension_count"] // 2)
+    return True
 
 
 def _object(settings: Settings, name: str) -> dict[str, Any]:

@@ -6,8 +6,17 @@ What transformers 5.23 computes decides (its models/*/modeling_*.py).
 from __future__ import annotations
 
 from localmoe.errors import UnsupportedError
+from localmoe.loader.config_dense import factor_tensors, long_rope
 from localmoe.loader.config_json import Family, Keys, Settings
-from localmoe.loader.config_steps import granite_scales, head_sizes, heads, latent_heads, layer_pattern, rope
+from localmoe.loader.config_steps import (
+    granite_scales,
+    head_sizes,
+    heads,
+    latent_heads,
+    layer_pattern,
+    mixtral_window,
+    rope,
+)
 from localmoe.loader.experts import gpt_oss_tensors, halved_shared_expert, separated_experts
 from localmoe.loader.source import shown
 
@@ -124,6 +133,25 @@ def hunyuan_moe(settings: Settings, keys: Keys, architecture: str) -> None:
     rope(settings, keys, architecture)
 
 
+def phimoe(settings: Settings, keys: Keys, architecture: str) -> None:
+    """Biases are told by the tensors that there are. LongRoPE's amplitude is named, and one for both lengths."""
+    head_sizes(settings, keys, architecture)
+    mixtral_window(settings, keys, architecture)
+    settings.take("attention_bias", "lm_head_bias", "input_jitter_noise")
+    keys["expert_router_jitter"] = settings.number("router_jitter_noise", default=0.01)
+    found = settings.take("rope_scaling", "rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise settings.wrong("rope_parameters", found, "an object")
+    inner = Settings(found, f"{settings.origin}: rope")
+    keys["rope.freq_base"] = inner.number("rope_theta", default=settings.number("rope_theta", default=1e6))
+    outer = settings.whole("original_max_position_embeddings", default=keys["context_length"])
+    if long_rope(inner, keys, inner.whole("original_max_position_embeddings", default=outer)):
+        keys["rope.scaling.attn_factor"] = inner.number("short_mscale")
+        inner.expect("long_mscale", inner.values["short_mscale"])
+        inner.take("factor", "attention_factor")  # the two magnitudes go before
+    inner.finish()
+
+
 def uniform(settings: Settings, name: str) -> int:
     """A whole number, or a list that says the same one for each layer."""
     found = settings.take(name)
@@ -181,6 +209,7 @@ MIXTURES: dict[str, Family] = {
     "glm4_moe": Family("glm4moe", {**COMMON, **SHARED}, (glm4_moe,)),
     "granitemoe": Family("granitemoe", {**COMMON, **EXPERT_WIDTH}, (granite_moe,), rewrite=halved_shared_expert),
     "granitemoeshared": Family("granitemoe", {**COMMON, **EXPERT_WIDTH}, (granite_moe,), rewrite=halved_shared_expert),
+    "phimoe": Family("phimoe", {**COMMON, **EXPERT_WIDTH}, (phimoe,), rewrite=factor_tensors),
     "minimax_m2": Family("minimax-m2", {**COMMON, **EXPERT_WIDTH}, (minimax_m2,)),
     "ernie4_5_moe": Family("ernie4_5-moe", ERNIE, (ernie_moe,)),
     "hunyuan_v1_moe": Family("hunyuan-moe", SIZES, (hunyuan_moe,)),

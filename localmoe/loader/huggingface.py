@@ -22,7 +22,10 @@ EXPERT = re.compile(r"(?P<head>.*\.experts)\.(?P<number>\d{1,6})\.(?P<tail>[^.]+
 LAYER = re.compile(r"(?P<head>model\.layers|(?:transformer\.)?h)\.(?P<number>\d{1,6})\.(?P<rest>.*)")
 # A text model beside a vision model, whose own tensors the checkpoint skips as GGUF's "v." ones.
 TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.|^language_model\.(?=lm_head)")
-VISION = re.compile(r"(?:model\.)?(?:vision_model|vision_tower|multi_modal_projector|visual)\.")
+VISION = re.compile(
+    r"(?:model\.)?"
+    r"(?:vision_model|vision_tower|multi_modal_projector|visual|audio_tower|embed_vision|embed_audio)\."
+)
 # A multi-token-prediction layer outside the numbered ones (Qwen3-Next and Qwen3.5).
 PREDICTION = re.compile(r"(?:model\.)?mtp\.")
 # Rope frequencies that old checkpoints store although config.json implies them.
@@ -36,10 +39,15 @@ FUSED = {
     "mlp.experts.down_proj_blocks": "ffn_down_exps.blocks", "mlp.experts.down_proj_scales": "ffn_down_exps.scales",
     "feed_forward.experts.gate_up_proj": "ffn_gate_up_exps.weight",
     "feed_forward.experts.down_proj": "ffn_down_exps.weight",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight", "experts.down_proj": "ffn_down_exps.weight",
+    "router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale",
+    "layer_scalar": "layer_output_scale.weight",
     "block_sparse_moe.input_linear.weight": "ffn_gate_up_exps.weight",
     "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
     "linear_attn.dt_bias": "ssm_dt.bias",
 }  # fmt: skip
+# Architectures that the gguf package does not know yet, and one whose tensors have the same names.
+NAMED_AS = {"deepseek32": "glm-dsa"}
 # Families whose map has no output of its own (Gemma, Command R), as every released file ties it to the embedding.
 UNTIED = {"lm_head.weight": "output.weight"}
 # generation_config.json's names for the sampling settings that GGUF keeps under general.sampling.
@@ -153,6 +161,7 @@ def _renaming(architecture: str, layers: int) -> Callable[[str], str]:
     """A function from Hugging Face's tensor names to GGUF's, by the gguf package's map of a model with one layer."""
     import gguf  # late: it takes 80 ms, and GGUF files do without
 
+    architecture = NAMED_AS.get(architecture, architecture)
     known = next(id for id, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(known, 1)
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from localmoe.errors import UnsupportedError
 from localmoe.loader.config_dense import DENSE
+from localmoe.loader.config_gemma4 import GEMMA4
 from localmoe.loader.config_json import Family, Keys, Settings
 from localmoe.loader.config_mixtures import MIXTURES
 from localmoe.loader.config_recurrent import RECURRENT
+from localmoe.loader.config_sparse import SPARSE
 from localmoe.loader.config_steps import (
     COMMON,
     deepseek_experts,
@@ -52,7 +54,7 @@ DEEPSEEK = {**QWEN_MOE, "expert_shared_count": "n_shared_experts"}
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # model_type of files that keep a text model's settings in text_config.
-WRAPPERS = ("llama4", "mistral3", "gemma3", "qwen3_5", "qwen3_5_moe")
+WRAPPERS = ("llama4", "mistral3", "gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
 # Gemma 3's published text_config says only what differs from these (transformers' configuration_gemma3.py).
 UNSAID: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -76,6 +78,8 @@ FAMILIES: dict[str, Family] = {
     **DENSE,
     **MIXTURES,
     **RECURRENT,
+    **SPARSE,
+    "gemma4_text": GEMMA4,
 }
 
 

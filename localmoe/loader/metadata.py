@@ -19,7 +19,7 @@ HARMLESS = frozenset(
     {
         "vocab_size", "context_length", "embedding_length", "feed_forward_length", "expert_feed_forward_length",
         "expert_shared_feed_forward_length", "expert_shared_count", "tensor_data_layout", "rope.scaling.finetuned",
-        "pooling_type", "classifier.output_labels", "rope.factors_short", "rope.factors_long",
+        "pooling_type", "classifier.output_labels", "rope.factors_short", "rope.factors_long", "rope.factors",
     }
 )  # fmt: skip
 
@@ -76,6 +76,18 @@ class Metadata:
             raise self._wrong("block_count", layers, f"at most {LAYER_LIMIT}")
         every = self._int(key, found)
         return tuple(every == 0 or i % every < every - 1 for i in range(layers))
+
+    def ints(self, key: builtins.str, layers: builtins.int) -> tuple[builtins.int, ...]:
+        """A whole number for each layer: a list of them, or one for all."""
+        found = self._value(key, None)
+        if layers > LAYER_LIMIT:
+            raise self._wrong("block_count", layers, f"at most {LAYER_LIMIT}")
+        if not isinstance(found, (list, np.ndarray)):
+            return (self._int(key, found),) * layers
+        values = _plain(found)
+        if len(values) < layers:
+            raise self._wrong(key, found, f"a number for each of {layers} layers")
+        return tuple(self._int(key, value) for value in values[:layers])
 
     def expect(self, key: builtins.str, *allowed: Any, absent_ok: builtins.bool = True) -> None:
         """Refuses, with UnsupportedError, a file whose `key` has a value other than those that are implemented."""

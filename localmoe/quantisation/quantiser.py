@@ -23,7 +23,7 @@ from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.program import Floats, Progress
 from localmoe.kernels.quantise import LARGEST
 from localmoe.kernels.quantise import quantise as encoded_by_twin
-from localmoe.kernels.reference import rows as rows_by_twin
+from localmoe.kernels.reference_weights import rows as rows_by_twin
 from localmoe.loader.source import shown
 
 PIECE = 1 << 17  # weights that a thread encodes at a time, whole rows: they and their float32 stay in its cache

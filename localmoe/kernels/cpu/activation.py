@@ -206,6 +206,7 @@ def lower_glu(lowering: Lowering, op: Op) -> None:
 def lower_each(lowering: Lowering, op: Op) -> None:
     (x,), (out,) = op.inputs, op.outputs
     number = float(op.attributes.get("factor", op.attributes.get("cap", 0.0)))
+    number = number * lowering.number(op.weights[0]) if op.weights else number
     lowering.emit(op.name, x, lowering.side_by_side(x), lowering.at(out), prod(x.shape[1:]), number)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localmoe.formats import F16, F32, FORMATS, Format
-from localmoe.kernels.cpu import attention_decode, attention_prefill
-from localmoe.kernels.cpu.arguments import row_count, slots, step_position
+from localmoe.kernels.cpu import attention_decode, attention_prefill, selection
+from localmoe.kernels.cpu.arguments import Argument, row_count, slots, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.cache_rows import row_nbytes, writer
 from localmoe.kernels.program import CacheLayer, Op, cache_row
@@ -70,7 +70,7 @@ def lower_cache_append(lowering: Lowering, op: Op) -> None:
 
 
 def lower_attention(lowering: Lowering, op: Op) -> None:
-    (q,), (out,) = op.inputs, op.outputs
+    (q, *selected), (out,) = op.inputs, op.outputs
     layer: CacheLayer = op.attributes["cache"]
     context, format = lowering.device.context, lowering.device.kv
     window, chunk = int(op.attributes["window"]), int(op.attributes["chunk"])
@@ -87,17 +87,21 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
         table = 1 + temperature.scale * np.log1p(steps)
         lowering.kept.append(table.astype(np.float32))
         factors = lowering.kept[-1].ctypes.data
+    shape: tuple[Argument, ...] = (
+        *(lowering.at(q), q.shape[1], q.shape[2], lowering.at(out), out.shape[2], layer.heads),
+        *(keys.ctypes.data, key_padded, value_rows.ctypes.data, value_row, context),
+    )
+    scaled = (float(op.attributes["scale"]), factors)
+    if selected and selection.chooses(lowering, selected[0]):
+        selection.lower_selected(lowering, op, shape, (key_padded, value_row, value_padded), scaled)
+        return
     single = q.shape[0] == 1
     if single:
         scratch_nbytes = attention_decode.scratch_nbytes(key_padded, value_padded, context)
     else:
         scratch_nbytes = attention_prefill.scratch_nbytes(lowering.isa, key_padded, value_padded)
-    both = (
-        *(lowering.at(q), q.shape[1], q.shape[2], lowering.at(out), out.shape[2], layer.heads),
-        *(keys.ctypes.data, key_padded, value_rows.ctypes.data, value_row),
-        *(context, window, float(op.attributes["scale"]), factors),
-        *(lowering.temporary(scratch_nbytes * lowering.threads), scratch_nbytes, value_padded),
-    )
+    scratch = (lowering.temporary(scratch_nbytes * lowering.threads), scratch_nbytes, value_padded)
+    both = (*shape, window, *scaled, *scratch)
     if single:
         parts = layer.heads * -(-q.shape[1] // layer.heads // attention_decode.HEADS)
         part_nbytes = attention_decode.partial_nbytes(value_padded) * attention_decode.chunks(

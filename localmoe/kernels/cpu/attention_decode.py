@@ -21,7 +21,7 @@ CHUNK = 512  # positions; 256 decodes 1 to 6 % slower, 128 3 to 8 %
 HEADS = 8
 AHEAD = 4096  # bytes into the second level: 2 KB and 8 KB read 3 to 9 % slower
 _LINE = 64
-_SCORES_STRIDE = 4 * CHUNK + _LINE
+SCORES_STRIDE = 4 * CHUNK + _LINE
 
 
 def chunks(positions: int) -> int:
@@ -36,7 +36,7 @@ def partial_nbytes(value_padded: int) -> int:
 
 def scratch_nbytes(key_padded: int, value_padded: int, context: int) -> int:
     """A thread's own: scaled queries, scores, one row of sums, a number for each chunk."""
-    nbytes = HEADS * (4 * key_padded + _SCORES_STRIDE) + 4 * value_padded + 4 * chunks(context)
+    nbytes = HEADS * (4 * key_padded + SCORES_STRIDE) + 4 * value_padded + 4 * chunks(context)
     return -(-nbytes // _LINE) * _LINE
 
 
@@ -52,8 +52,8 @@ def _by_eights(format: Format) -> bool:
 
 def _decode(v: Any, format: Format) -> Any:
     slot, position, nbytes = slots(v), step_position(v), row_nbytes(v, format)
-    scale_queries, score, soften = _scale_queries(v), _score(v, format), _soften(v)
-    gather, merge, first_of = _gather(v, format), _merge(v), first_visible(v)
+    scale_queries, score, soften = query_scaler(v), key_scorer(v, format), softener(v)
+    gather, merge, first_of = gatherer(v, format), merger(v), first_visible(v)
 
     def run(a, thread, threads):
         heads, kv_heads, at = slot(a, 3), slot(a, 7), position(a)
@@ -77,7 +77,7 @@ def _decode(v: Any, format: Format) -> Any:
             low, high = max(first - start, 0), min(at + 1 - start, CHUNK)
             ours = partials + part * slot(a, 21)
             into = ours + chunk * partial
-            scale_queries(a, at, head, many, query)
+            scale_queries(a, slot(a, 2), at, head, many, query)
             row = slot(a, 8) + (kv * slot(a, 12) + start) * nbytes(key_padded)
             score(query, key_padded, row, low, high, many, scores)
             row = slot(a, 10) + (kv * slot(a, 12) + start + low) * nbytes(slot(a, 11))
@@ -87,7 +87,7 @@ def _decode(v: Any, format: Format) -> Any:
             gather(scores + 4 * low, row, slot(a, 11), high - low, many, value_padded, into)
             if v.atomic_add(counts + 16 + 8 * part, 1) == count - 1:
                 v.store(counts + 16 + 8 * part, 0)
-                room = scores + HEADS * _SCORES_STRIDE
+                room = scores + HEADS * SCORES_STRIDE
                 sink, out = sinks + 4 * head if sinks != 0 else 0, slot(a, 5) + 4 * head * slot(a, 6)
                 merge(ours, partial, count, many, value_padded, slot(a, 6), out, room, sink)
         if v.atomic_add(counts + 8, 1) == threads - 1:  # every thread has seen that nothing is left
@@ -97,17 +97,17 @@ def _decode(v: Any, format: Format) -> Any:
     return run
 
 
-def _scale_queries(v: Any) -> Any:
-    """Query rows of `many` heads times scale and temperature, padded with zeros."""
+def query_scaler(v: Any) -> Any:
+    """Query rows of `many` heads times scale and temperature, padded with zeros; the first head is at `first`."""
     slot = slots(v)
 
-    def scale_queries(a, at, head, many, query):
+    def scale_queries(a, first, at, head, many, query):
         width, padded, factors = slot(a, 4), slot(a, 9), slot(a, 15)
         warmth = v.load(v.float32, a + 112)
         if factors != 0:
             warmth = warmth * v.load(v.float32, factors + 4 * at)
         for h in range(many):
-            source, target = slot(a, 2) + (head + h) * slot(a, 22), query + 4 * h * padded
+            source, target = first + (head + h) * slot(a, 22), query + 4 * h * padded
             whole = width - width % v.lanes
             for i in range(0, whole, v.lanes):
                 v.store(target + 4 * i, v.load(v.f32, source + 4 * i) * warmth)
@@ -119,15 +119,15 @@ def _scale_queries(v: Any) -> Any:
     return v.function(scale_queries)
 
 
-def _score(v: Any, format: Format) -> Any:
+def key_scorer(v: Any, format: Format) -> Any:
     """Inner products of up to HEADS queries with rows low to high of a chunk; scores before and behind are anything."""
     from localmoe.kernels.cpu import vector_rows
 
     nbytes, span = row_nbytes(v, format), vector_rows.span(v.isa, format)
-    one = vector_rows.products(v.isa, 1, format, _SCORES_STRIDE)
-    two = vector_rows.products(v.isa, 2, format, _SCORES_STRIDE)
-    four = vector_rows.products(v.isa, 4, format, _SCORES_STRIDE)
-    eight, eights = vector_rows.products(v.isa, 8, format, _SCORES_STRIDE), _by_eights(format)
+    one = vector_rows.products(v.isa, 1, format, SCORES_STRIDE)
+    two = vector_rows.products(v.isa, 2, format, SCORES_STRIDE)
+    four = vector_rows.products(v.isa, 4, format, SCORES_STRIDE)
+    eight, eights = vector_rows.products(v.isa, 8, format, SCORES_STRIDE), _by_eights(format)
 
     def score(query, padded, rows, low, high, many, scores):
         stride, spans, keys = nbytes(padded), padded // span, v.lanes // 4
@@ -138,9 +138,9 @@ def _score(v: Any, format: Format) -> Any:
         fours = (many + 1) // 4 * 4  # three heads count as four: the fourth row of scores is not used
         for s in range(low - low % keys, high, keys):
             for h in range(0, fours, 4):
-                q, out = query + 4 * h * padded, scores + h * _SCORES_STRIDE + 4 * s
+                q, out = query + 4 * h * padded, scores + h * SCORES_STRIDE + 4 * s
                 four(q, 4 * padded, rows + s * stride, stride, high - 1 - s, spans, out, AHEAD)
-        q, out = query + 4 * fours * padded, scores + fours * _SCORES_STRIDE
+        q, out = query + 4 * fours * padded, scores + fours * SCORES_STRIDE
         if many - fours == 2:
             for s in range(low - low % (2 * keys), high, 2 * keys):
                 two(q, 4 * padded, rows + s * stride, stride, high - 1 - s, spans, out + 4 * s, AHEAD)
@@ -151,7 +151,7 @@ def _score(v: Any, format: Format) -> Any:
     return v.function(score)
 
 
-def _soften(v: Any) -> Any:
+def softener(v: Any) -> Any:
     """Scores low to high of each head become exp(score - highest); the highest and the sum of all go to `peaks`."""
     from localmoe.kernels.cpu import vector_rows
 
@@ -160,7 +160,7 @@ def _soften(v: Any) -> Any:
     def soften(scores, low, high, many, cap, peaks):
         start, stop = low - low % v.lanes, (high + v.lanes - 1) // v.lanes * v.lanes
         for h in range(many):
-            row = scores + h * _SCORES_STRIDE
+            row = scores + h * SCORES_STRIDE
             if cap > 0:
                 for s in range(start, stop, v.lanes):
                     v.store(row + 4 * s, capped(v.load(v.f32, row + 4 * s), v.splat(v.f32, cap)))
@@ -183,7 +183,7 @@ def _soften(v: Any) -> Any:
     return v.function(soften)
 
 
-def _gather(v: Any, format: Format) -> Any:
+def gatherer(v: Any, format: Format) -> Any:
     """Sums of `count` value rows, weighted by each head's scores, into `sums` float32[HEADS][padded]."""
     from localmoe.kernels.cpu import vector_rows
 
@@ -204,18 +204,18 @@ def _gather(v: Any, format: Format) -> Any:
             v.store(sums + 4 * i, v.zero(v.f32))
         if eights and many >= HEADS - 1:
             for i in range(0, padded - padded % eight_wide, eight_wide):
-                eight(scores, _SCORES_STRIDE, rows + nbytes(i), stride, count, sums + 4 * i, sums_stride, AHEAD)
+                eight(scores, SCORES_STRIDE, rows + nbytes(i), stride, count, sums + 4 * i, sums_stride, AHEAD)
             for i in range(padded - padded % eight_wide, padded, narrow):
-                eight_narrow(scores, _SCORES_STRIDE, rows + nbytes(i), stride, count, sums + 4 * i, sums_stride, AHEAD)
+                eight_narrow(scores, SCORES_STRIDE, rows + nbytes(i), stride, count, sums + 4 * i, sums_stride, AHEAD)
             return
         for h in range(0, fours, 4):
-            p, out = scores + h * _SCORES_STRIDE, sums + h * sums_stride
+            p, out = scores + h * SCORES_STRIDE, sums + h * sums_stride
             for i in range(0, padded - padded % wide, wide):
-                four(p, _SCORES_STRIDE, rows + nbytes(i), stride, count, out + 4 * i, sums_stride, AHEAD)
+                four(p, SCORES_STRIDE, rows + nbytes(i), stride, count, out + 4 * i, sums_stride, AHEAD)
             for i in range(padded - padded % wide, padded, narrow):
-                four_narrow(p, _SCORES_STRIDE, rows + nbytes(i), stride, count, out + 4 * i, sums_stride, AHEAD)
+                four_narrow(p, SCORES_STRIDE, rows + nbytes(i), stride, count, out + 4 * i, sums_stride, AHEAD)
         for h in range(fours, many):
-            p, out = scores + h * _SCORES_STRIDE, sums + h * sums_stride
+            p, out = scores + h * SCORES_STRIDE, sums + h * sums_stride
             for i in range(0, padded - padded % most, most):
                 one(p, 0, rows + nbytes(i), stride, count, out + 4 * i, 0, AHEAD)
             for i in range(padded - padded % most, padded, narrow):
@@ -224,7 +224,7 @@ def _gather(v: Any, format: Format) -> Any:
     return v.function(gather)
 
 
-def _merge(v: Any) -> Any:
+def merger(v: Any) -> Any:
     """out[h] = the chunks' sums of head h, each in its share of all weights; chunks stand `partial` bytes apart.
     At `sinks` (0: none) are the heads' logits without a value."""
     from localmoe.kernels.cpu import vector_rows

@@ -149,6 +149,9 @@ class UnreadLowering(Lowering):
         self.kept.append(np.zeros(weight.elements, np.float32))
         return 0
 
+    def number(self, weight: Weight) -> float:
+        return 0.0
+
     def address(self, weight: Weight, matrix: int = 0) -> int:
         return 0
 

@@ -17,7 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.formats import SCALED, Weight
-from localmoe.kernels.cpu import activation, attention, experts, linear, norm, recurrent, rope, router, scaled
+from localmoe.kernels.cpu import (
+    activation,
+    attention,
+    experts,
+    linear,
+    norm,
+    recurrent,
+    rope,
+    router,
+    scaled,
+    selection,
+)
 from localmoe.kernels.cpu.arguments import Argument, At, Function
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
 
@@ -165,11 +176,17 @@ class Lowering:
     def floats(self, weight: Weight, *, turned: bool = False) -> int:
         """The address of a small weight (a norm, a bias) as float32, converted if the file holds another type; with
         rows and columns exchanged if `turned`."""
-        from localmoe.kernels.reference import values
+        from localmoe.kernels.reference_weights import values
 
         array = np.ascontiguousarray(values(weight).T if turned else values(weight), np.float32)
         self.kept.append(array)
         return array.ctypes.data
+
+    def number(self, weight: Weight) -> float:
+        """What a weight of one element holds."""
+        from localmoe.kernels.reference_weights import values
+
+        return float(values(weight)[0])
 
     def address(self, weight: Weight, matrix: int = 0) -> int:
         """The address of a matrix of a weight, straight in the mapped file; that of a record where it is scaled."""
@@ -265,6 +282,7 @@ LOWERINGS: dict[str, Callable[[Lowering, Op], None]] = {
     "scale": activation.lower_each,
     "softcap": activation.lower_each,
     "route": router.lower_route,
+    "select": selection.lower_select,
     "experts": experts.lower_experts,
     "add": activation.lower_add,
     "add_positions": activation.lower_add_positions,

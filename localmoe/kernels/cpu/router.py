@@ -8,6 +8,7 @@ import numpy as np
 
 from localmoe.kernels.cpu.arguments import row_count, slots
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.ops import SCORES
 from localmoe.kernels.program import Op, Router
 
 if TYPE_CHECKING:
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 @kernel("route", 3)
 def route(v: Any) -> Any:
-    """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid, bias (0: none), groups, groups
-    used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its bytes a thread, 1 to
-    choose by the logits."""
+    """Arguments: control, rows, logits, experts, ids, shares, used, 1 for sigmoid and 2 for sparsemixer, bias (0:
+    none), groups, groups used, 1 for top2, 1 to normalise, scale, scratch (2 · padded experts + groups floats), its
+    bytes a thread, 1 to choose by the logits, twice the jitter, factors of the experts (0: none)."""
     slot, rows = slots(v), row_count(v)
-    scores_of, mask_groups, best = _scores(v), _mask_groups(v), _best(v)
+    scores_of, mask_groups, best, mixed_share = _scores(v), _mask_groups(v), _best(v), _mixed_share(v)
 
     def run(a, thread, threads):
         tokens, count, used, bias = rows(a), slot(a, 3), slot(a, 6), slot(a, 8)
@@ -38,6 +39,8 @@ def route(v: Any) -> Any:
             ids, shares = slot(a, 4) + 4 * t * used, slot(a, 5) + 4 * t * used
             for c in range(0, 4 * used, 4):
                 e = best(standing, count)
+                if slot(a, 7) == 2:
+                    v.store(scores + 4 * e, mixed_share(standing, scores, count, e, v.load(v.float32, a + 136)))
                 s = v.load(v.float32, scores + 4 * e)
                 v.store(standing + 4 * e, np.float32(-np.inf))
                 v.store(ids + c, v.convert(v.int32, e))
@@ -47,7 +50,10 @@ def route(v: Any) -> Any:
             if slot(a, 12) == 1:
                 scale = scale / (total + np.float32(1e-20))
             for c in range(0, 4 * used, 4):
-                v.store(shares + c, v.load(v.float32, shares + c) * scale)
+                factor = np.float32(1)
+                if slot(a, 18) != 0:
+                    factor = v.load(v.float32, slot(a, 18) + 4 * v.load(v.int32, ids + c))
+                v.store(shares + c, v.load(v.float32, shares + c) * scale * factor)
 
     return run
 
@@ -71,6 +77,22 @@ def _scores(v: Any) -> Any:
                 v.store(scores + 4 * e, v.load(v.float32, scores + 4 * e) / total)
 
     return v.function(scores_of)
+
+
+def _mixed_share(v: Any) -> Any:
+    def mixed_share(standing, powers, count, chosen, width):
+        """A softmax over those near the best; overwrites `powers`."""
+        highest = v.load(v.float32, standing + 4 * chosen)
+        for e in range(0, 4 * count, 4 * v.lanes):
+            v.store(powers + e, v.exp(v.load(v.f32, standing + e) - v.splat(v.f32, highest)))
+        total = np.float32(0)
+        for e in range(0, 4 * count, 4):
+            x = v.load(v.float32, standing + e)
+            if highest - x <= width * max(max(x, -x), highest) and x > np.float32(-np.inf):
+                total += v.load(v.float32, powers + e)
+        return np.float32(1) / total
+
+    return v.function(mixed_share)
 
 
 def _best(v: Any) -> Any:
@@ -113,10 +135,12 @@ def lower_route(lowering: Lowering, op: Op) -> None:
     (logits,), (ids, shares) = op.inputs, op.outputs
     r: Router = op.attributes["router"]
     count = logits.shape[1]
-    bias = lowering.floats(op.weights[0]) if op.weights else 0
+    weights = [lowering.floats(weight) for weight in op.weights]
+    bias = weights.pop(0) if op.attributes["biased"] else 0
     nbytes = 4 * (2 * (-(-count // 16) * 16) + -(-max(r.groups, 16) // 16) * 16)
     place = (lowering.side_by_side(logits), count, lowering.at(ids), lowering.at(shares))
-    choice = (r.used, int(r.score == "sigmoid"), bias)
+    choice = (r.used, SCORES.index(r.score), bias)
     groups = (r.groups, r.groups_used, int(r.group_score == "top2"), int(r.normalise), float(r.scale))
     scratch = lowering.temporary(nbytes * lowering.threads)
-    lowering.emit("route", logits, *place, *choice, *groups, scratch, nbytes, int(r.choice == "logits"))
+    last = (int(r.choice == "logits"), float(np.float32(2 * r.jitter)), weights[0] if weights else 0)
+    lowering.emit("route", logits, *place, *choice, *groups, scratch, nbytes, *last)
