@@ -28,6 +28,7 @@ from localmoe.session import Session
 
 IDS = np.random.default_rng(11).integers(0, 250, 40).tolist()
 CLOSE = 1e-5  # decoding and reading a prompt are different kernels
+CARRIED = 5e-5  # where a state carries rounding on, and narrow heads nearly cancel before they are normed
 
 # architecture -> its real template among the conformance data: a file, or a name in llama.cpp's or ollama's list.
 FILES = "templates/llama.cpp/"
@@ -70,7 +71,7 @@ def test_a_text_at_once_in_chunks_and_token_by_token_gives_the_same(tiny: Tiny, 
     network = tiny.network()
     whole = logits(network, IDS, device)
     for chunk in (7, 1):
-        assert relative_error(logits(network, IDS, device, chunk), whole) <= CLOSE
+        assert relative_error(logits(network, IDS, device, chunk), whole) <= closeness(network)
     if device == "cpu":
         assert np.array_equal(logits(network, IDS, device, 7), logits(network, IDS, device, 16))
 
@@ -125,7 +126,12 @@ def test_weights_in_bf16_are_read_as_what_they_stand_for(tiny: Tiny) -> None:
     }
     small = tiny.with_tensors(rounded)
     stored = small.source(lambda name: "BF16" if rounded[name].ndim > 1 else "F32")
-    assert relative_error(logits(Network(stored), IDS, "cpu"), logits(small.network(), IDS, "reference")) <= CLOSE
+    network = small.network()
+    assert relative_error(logits(Network(stored), IDS, "cpu"), logits(network, IDS, "reference")) <= closeness(network)
+
+
+def closeness(network: Network) -> float:
+    return CARRIED if network.program(1).states else CLOSE
 
 
 def conversation(model: Model) -> str:

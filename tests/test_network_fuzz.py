@@ -66,13 +66,13 @@ def test_mutated_metadata_of_a_folder_is_refused_or_sound(conformance: Path, fol
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mutated_metadata_of_every_family_is_refused_or_sound(name: str, tmp_path: Path) -> None:
-    run_all(written(MODELS[name](), tmp_path / "tiny.gguf"), 13)
+    run_all(open_source(written(MODELS[name](), tmp_path / "tiny.gguf")), 13)
 
 
 @pytest.mark.conformance
 @pytest.mark.parametrize("name", MODELS)
 def test_every_mutation_of_every_family(name: str, tmp_path: Path) -> None:
-    run_all(written(MODELS[name](), tmp_path / "tiny.gguf"), 1)
+    run_all(open_source(written(MODELS[name](), tmp_path / "tiny.gguf")), 1)
 
 
 @pytest.mark.conformance

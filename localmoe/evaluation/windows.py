@@ -77,10 +77,10 @@ def cut(tokens: Ids, context: int, stride: int, chunks: int | None, bos: int | N
     if stride and stride >= context:
         raise SettingError(f"--stride {stride} leaves nothing before the scored tokens; it must be below {context}")
     if tokens.size < 2 * context:
-        raise SettingError(
-            f"{origin}: {tokens.size} tokens, and a context of {context} needs {2 * context}; "
-            f"give more text, or --context {max(tokens.size // 2, LEAST_CONTEXT)} or less"
-        )
+        most = tokens.size // 2
+        less = f", or --context {most} or less" if most >= LEAST_CONTEXT else ""
+        found = f"{origin}: {tokens.size} tokens, and a context of {context} needs {2 * context}"
+        raise SettingError(f"{found}; give more text{less}")
     most = -(-(tokens.size - context) // stride) if stride else tokens.size // context
     count = most if chunks is None else min(chunks, most)
     return Windows(tokens, context, stride or context, stride or scored_of(context), count, bos)
