@@ -44,6 +44,7 @@ class Network:
         it."""
         self.source = source
         self.metadata = Metadata(source.metadata, str(source.path))
+        self._programs: dict[tuple[int, bool], Program] = {}
         self.module = family(self.metadata.architecture, str(source.path))
         checkpoint = Checkpoint(source)
         try:
@@ -58,13 +59,15 @@ class Network:
         self.tensors: Mapping[str, Weight] = checkpoint.given
 
     def program(self, tokens: int, *, all_rows: bool = False) -> Program:
-        """Trace the family's forward pass for steps of up to `tokens` tokens."""
+        """The family's forward pass for steps of up to `tokens` tokens, traced when first asked for."""
+        if (tokens, all_rows) not in self._programs:
 
-        def forward(ops: Ops) -> Tensor:
-            result: Tensor = self.module.forward(ops, self.config, self.weights, ops.input, ops.cache)
-            return result
+            def forward(ops: Ops) -> Tensor:
+                result: Tensor = self.module.forward(ops, self.config, self.weights, ops.input, ops.cache)
+                return result
 
-        return trace(forward, tokens, all_rows=all_rows)
+            self._programs[tokens, all_rows] = trace(forward, tokens, all_rows=all_rows)
+        return self._programs[tokens, all_rows]
 
     def weights_by_use(self) -> list[Weight]:
         """The matrices that one token reads, in the order of their use, and after them the experts, of which it may
