@@ -76,14 +76,13 @@ def chosen_positions(network: Network, ids: Sequence[int]) -> list[tuple[Array, 
     with opened("reference", len(ids)) as device:
         plan: Any = device.compile(network.program(len(ids), all_rows=True))
 
-        def watch(op: Any, inputs: Any, outputs: Any) -> None:
+        def see(op: Op, inputs: list[Array], outputs: list[Array]) -> None:
             if op.name == "select":
                 keys = plan.device.caches[op.attributes["cache"].index][0][0]
                 products = np.maximum(np.einsum("tid,sd->tis", inputs[0], keys), 0)
                 seen.append((np.einsum("ti,tis->ts", inputs[1], products), outputs[0].copy()))
 
-        plan.watch = watch
-        plan.run(np.asarray(ids, np.int32), 0)
+        plan.watch(np.asarray(ids, np.int32), 0, see)
     return seen
 
 

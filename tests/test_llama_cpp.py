@@ -89,6 +89,26 @@ def narrowed(tiny: Tiny, width: int) -> Tiny:
     return tiny.with_tensors(tensors).with_keys(**{name: tiny.keys[name] * width // old for name in sizes})
 
 
+def narrowed_values(tiny: Tiny) -> Tiny:
+    """Delta nets whose values are as wide as their keys."""
+    keys, values, width = (tiny.keys[f"ssm.{name}"] for name in ("group_count", "time_step_rank", "state_size"))
+    old = tiny.keys["ssm.inner_size"] // values
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1, old, *array.shape[1:])[:, :width].reshape(-1, *array.shape[1:])
+
+    tensors = dict(tiny.tensors)
+    for name, array in tensors.items():
+        if re.search(r"attn_qkv|ssm_conv1d", name):
+            before = 2 * keys * width
+            tensors[name] = np.concatenate([array[:before], cut(array[before:])])
+        elif re.search(r"attn_gate|ssm_norm", name):
+            tensors[name] = cut(array)
+        elif "ssm_out" in name:
+            tensors[name] = np.ascontiguousarray(cut(array.T).T)
+    return tiny.with_tensors(tensors).with_keys(**{"ssm.inner_size": values * width})
+
+
 def with_vocabulary(tiny: Tiny, path: Path, story: Path) -> Path:
     """The tiny model with the story model's vocabulary."""
     source = open_source(story)
@@ -129,6 +149,8 @@ def test_llama_cpp_gives_the_same_log_probabilities(
         tiny = tiny.with_tensors({n: a for n, a in tiny.tensors.items() if not re.search("_(q|k)_norm", n)})
     if name in NARROW:
         tiny = narrowed(tiny, D // H)
+    if "ssm.inner_size" in tiny.keys:
+        tiny = narrowed_values(tiny)
     if any("attn_kv_b" in tensor for tensor in tiny.tensors):
         tiny = split_heads(tiny)  # llama.cpp no longer runs the older form
     path = with_vocabulary(tiny, tmp_path / "tiny.gguf", conformance / "models/stories260K/stories260K-f32.gguf")
