@@ -199,8 +199,8 @@ class PartLoader:
         wanted = model.state_dict()
         self._sources: dict[str, list[tuple[str, Callable[[], Any]]]] = {}  # by the name that they get in the model
         for file in sorted(files):
-            opened = safe_open(file, framework="pt")
-            for key in list(opened.keys()):  # type: ignore[no-untyped-call]
+            opened: Any = safe_open(file, framework="pt")
+            for key in list(opened.keys()):
                 name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
                 if name not in wanted and key in wanted:
                     name = key
