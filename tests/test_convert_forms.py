@@ -154,6 +154,20 @@ def test_nvfp4_files_keep_what_lies_beside_their_blocks(tmp_path: Path) -> None:
     assert relative_error(reference(tmp_path / "b.gguf"), reference(source)) <= 1e-6
 
 
+def test_scaled_blocks_that_no_type_concerns_are_written_out(tmp_path: Path) -> None:
+    r = np.random.default_rng(4)
+    blocks = r.integers(0, 256, (6, 36), np.uint8)
+    blocks[:, :4] = r.integers(20, 60, (6, 4))
+    name, beside = "blk.0.attn_rel_b.weight", np.array([0.3], np.float32)
+    tensors = [Tensor(name, (3, 128), "NVFP4", blocks.tobytes())]
+    tensors.append(Tensor(name.replace("weight", "scale"), (1,), "F32", beside.tobytes()))
+    source = write_gguf(tmp_path / "a.gguf", {"general.architecture": "none"}, tensors)
+    convert(source, tmp_path / "b.gguf", "q8_0")
+    before, after = (open_gguf(tmp_path / f"{one}.gguf").tensors[name] for one in "ab")
+    assert (before.format.name, after.format.name, len(before.scales)) == ("NVFP4", "F32", 1)
+    assert (values(after) == values(before)).all()
+
+
 # Delta nets
 
 
