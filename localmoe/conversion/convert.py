@@ -30,12 +30,13 @@ from localmoe.loader.source import Source
 from localmoe.memory import readable_size
 from localmoe.model import Network
 from localmoe.quantisation.file_types import file_type
+from localmoe.quantisation.gguf_form import kept_names
 from localmoe.quantisation.planning import Plan, plan
 from localmoe.quantisation.quantiser import Quantiser
 from localmoe.tokenizer import Tokenizer
 
 QUANTISATION_VERSION = 2  # of ggml: general.quantization_version
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 NAMED_TEMPLATE = re.compile(r"tokenizer\.chat_template\.(?P<name>.+)")
 
 
@@ -79,7 +80,7 @@ def convert(
     source = open_source(model)
     require_place(path, _files(source), force=force)
     planned = plan(source, kind, requantise=allow_requantize)
-    if source.kind == "folder":
+    if source.kind != "gguf":
         Network(planned.unread())  # everything that would be refused when the file is opened is refused now
     values = _values(source, planned)
     tensors = list(planned.tensors.values())
@@ -89,10 +90,8 @@ def convert(
     with Quantiser(threads, progress) as quantiser, whole_file(path, force=force) as file:
         file.write(header)
         _write_tensors(planned, quantiser, file, progress)
-    left_out = len(source.tensors) - len([name for name in source.tensors if name in planned.tensors])
-    return Written(
-        path, nbytes, planned.elements, planned.nbytes, time.monotonic() - started, left_out * (source.kind == "folder")
-    )
+    left_out = 0 if source.kind == "gguf" else len(source.tensors) - len(kept_names(source))
+    return Written(path, nbytes, planned.elements, planned.nbytes, time.monotonic() - started, left_out)
 
 
 def _files(source: Source) -> Iterator[Path]:

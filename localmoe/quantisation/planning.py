@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import DeviceError, SettingError, UnsupportedError
-from localmoe.formats import BF16, F16, F32, Format, Weight
+from localmoe.formats import BF16, F8_E4M3, F16, F32, Format, Weight
 from localmoe.kernels.program import Progress
 from localmoe.loader.source import LazyWeights, Source, shown
 from localmoe.memory import available_nbytes, readable_size
@@ -31,6 +31,7 @@ class Planned:
     found: Format
     wanted: Format
     small: Weight | None
+    scaled: bool = False  # by numbers that lie beside it
 
     @property
     def elements(self) -> int:
@@ -66,24 +67,28 @@ class Plan:
 def plan(source: Source, kind: FileType, *, requantise: bool = False) -> Plan:
     """What `kind` makes of a model. Each tensor is made once, to learn its shape, and let go.
 
-    Tensors of a folder that are quantised already (MXFP4) stay as they are; those of a GGUF file too, but only where
-    that is what the type asks for.
+    Tensors of a folder that are quantised already (MXFP4, GPTQ) stay as they are, but for 8-bit floats; those of a GGUF
+    file too, but only where that is what the type asks for. What has scales beside it, for which GGUF files of most
+    formats have no place, is always written out.
 
     Raises: UnsupportedError for a tensor of a GGUF file that would be quantised again, unless `requantise`.
     """
     form = gguf_form(source)
     known = {name: _described(name, form.tensors[name]) for name in form.tensors}
+    floats = (F32, F16, BF16, F8_E4M3)
     chosen = formats(kind, {name: tensor.shape for name, tensor in known.items()}, _sizes(form.metadata))
     tensors: dict[str, Planned] = {}
     for name, tensor in known.items():
-        wanted = chosen.get(name, F32 if source.kind == "folder" else tensor.found)
-        if tensor.found.elements == 1 and tensor.found not in (F32, F16, BF16):  # whole numbers: a table, no weights
+        wanted = chosen.get(name, tensor.found if source.kind == "gguf" else F32)
+        if tensor.found.elements == 1 and tensor.found not in floats:  # whole numbers: a table, no weights
             wanted = tensor.found
         if tensor.found.elements > 1 and not requantise:
             if source.kind == "gguf" and wanted is not tensor.found:
                 again = f"tensor {shown(name)} is {tensor.found.name} already; as {wanted.name} it loses once more"
                 raise UnsupportedError(f"{source.path}: {again}: --allow-requantize does it nevertheless")
             wanted = tensor.found
+        if tensor.scaled and wanted is tensor.found:
+            wanted = F32
         tensors[name] = replace(tensor, wanted=wanted)
     return Plan(form, kind, tensors)
 
@@ -92,7 +97,7 @@ def plan_folder(source: Source, type: str) -> Plan:
     """What a file type makes of a folder's weights on loading. Raises SettingError for another name, or for a GGUF
     file."""
     kind = file_type(type)
-    if source.kind != "folder":
+    if source.kind == "gguf":
         raise SettingError(f"{source.path}: --quantize is for folders; of a GGUF file, localmoe convert makes another")
     return plan(source, kind)
 
@@ -125,7 +130,8 @@ def quantised(planned: Plan, quantiser: Quantiser, progress: Progress | None = N
 
 
 def _described(name: str, weight: Weight) -> Planned:
-    return Planned(name, weight.shape, weight.format, weight.format, weight if len(weight.shape) == 1 else None)
+    small = weight if len(weight.shape) == 1 else None
+    return Planned(name, weight.shape, weight.format, weight.format, small, bool(weight.scales))
 
 
 def _unread(tensor: Planned) -> Weight:

@@ -64,6 +64,7 @@ class Quantiser:
         Raises FileFormatError naming the tensor where a value is not finite, or larger than the format's scales.
         """
         if weight.format is format:
+            assert not weight.scales, "scales are multiplied in, not written"
             yield from ((weight.elements // len(weight.slabs), slab) for slab in weight.slabs)
             return
         decode, encode = self._decoder(weight.format), self._encoder(format)
