@@ -365,8 +365,10 @@ def test_experts_in_mxfp4_are_unpacked_by_transformers(tmp_path: Path, capsys: p
 
 
 @pytest.mark.oracle
-def test_float8_weights_are_scaled_by_transformers(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """DeepSeek's blocks with a scale each, against the same folder in float32."""
+def test_float8_weights_are_scaled_by_transformers_and_by_localmoe(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """DeepSeek's blocks with a scale each, against the same folder in float32; we agree to what floats must."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
 
@@ -390,6 +392,7 @@ def test_float8_weights_are_scaled_by_transformers(folders: Callable[[str], Path
     found = [StreamedModel(tmp_path / kind).run(list(range(20))).logits for kind in ("f32", "fp8")]
     assert np.array_equal(*found)
     assert len(packed) == 2 * 7 * 3
+    assert call(tmp_path / "fp8", "--tokens", 40, "-n", 4) == 0
 
 
 @pytest.mark.oracle

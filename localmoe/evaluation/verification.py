@@ -17,7 +17,7 @@ from localmoe.formats import Format
 from localmoe.kernels.program import Floats, Progress
 from localmoe.model import Model
 
-FLOAT_BITS = {"F32": 24, "F16": 11, "BF16": 8}  # of a significand
+FLOAT_BITS = {"F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4}  # of a significand
 EXACT = 1e-4  # float32 in another order gives about 1e-6
 STEPS = 8
 INPUT_BITS = 6  # what 8-bit inputs of quantised weights keep beside outliers
@@ -223,7 +223,7 @@ def default_tolerance(model: Model, oracle: StreamedModel) -> float:
     right = min((FLOAT_BITS[e.dtype] for e in oracle.entries.values() if e.dtype in FLOAT_BITS), default=0)
     if own >= right and all(found.name in FLOAT_BITS for found in formats):
         return EXACT
-    bits = INPUT_BITS if model.source.kind == "folder" else min(own, INPUT_BITS)  # a folder's own blocks lose nothing
+    bits = INPUT_BITS if model.source.kind != "gguf" else min(own, INPUT_BITS)  # a folder's own blocks lose nothing
     return min(STEPS * 2.0**-bits, LARGEST)
 
 
