@@ -89,7 +89,8 @@ def test_a_folder_and_the_file_made_of_it_have_the_same_logits(name: str, confor
 
 def test_stories260k_tells_its_story_from_a_file_made_of_its_folder(conformance: Path, tmp_path: Path) -> None:
     source = conformance / "models" / "stories260K"
-    convert(source / "hf", tmp_path / "model.gguf", "f32")
+    written = convert(source / "hf", tmp_path / "model.gguf", "f32")
+    assert "no tokenizer" in written.summary, "the folder has none"
     assert relative_error(reference(tmp_path / "model.gguf"), reference(source / "stories260K-f32.gguf")) <= 1e-5
 
 

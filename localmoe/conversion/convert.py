@@ -50,6 +50,7 @@ class Written:
     weights_nbytes: int
     seconds: float
     left_out: int
+    has_tokenizer: bool
 
     @property
     def summary(self) -> str:
@@ -57,7 +58,8 @@ class Written:
         bits = f"{8 * self.weights_nbytes / self.weights:.2f} bits per weight"
         speed = f"{self.weights / 1e6 / max(self.seconds, 1e-9):.0f} M weights/s"
         left_out = f"; {self.left_out} tensors left out (vision, audio or prediction layers)" if self.left_out else ""
-        return f"{self.path}: {readable_size(self.nbytes)}, {bits}, {self.seconds:.1f} s ({speed}){left_out}"
+        mute = "" if self.has_tokenizer else "; the model has no tokenizer, so that nobody can chat with the file"
+        return f"{self.path}: {readable_size(self.nbytes)}, {bits}, {self.seconds:.1f} s ({speed}){left_out}{mute}"
 
 
 def convert(
@@ -91,7 +93,8 @@ def convert(
         file.write(header)
         _write_tensors(planned, quantiser, file, progress)
     left_out = 0 if source.kind == "gguf" else len(source.tensors) - len(kept_names(source))
-    return Written(path, nbytes, planned.elements, planned.nbytes, time.monotonic() - started, left_out)
+    speaks = "tokenizer.ggml.tokens" in values
+    return Written(path, nbytes, planned.elements, planned.nbytes, time.monotonic() - started, left_out, speaks)
 
 
 def _files(source: Source) -> Iterator[Path]:
