@@ -102,7 +102,8 @@ def _opened(path: str | Path, quantize: str | None) -> Network:
 
     path = Path(path).expanduser()
     source = open_plan(path) if is_plan(path) else open_source(path)
-    return Network(plan_folder(source, quantize).unread() if quantize else source)
+    network = Network(source)  # in a plan tensors come into being by being asked for
+    return Network(plan_folder(source, quantize).unread()) if quantize else network
 
 
 def _model(network: Network) -> list[tuple[str, str]]:

@@ -66,6 +66,16 @@ def test_published_models_have_their_published_parameters(name: str, conformance
     assert (found["total"], found["active per token"]) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "type", "size"),
+    [("qwen3-30B-A3B", "q4_K_M", "18.55 GB"), ("qwen3-8B", "q8_0", "8.70 GB"), ("deepseek-r1", "q4_K_M", "404.49 GB")],
+)
+def test_a_plan_says_what_quantising_would_give(name: str, type: str, size: str, conformance: Path) -> None:
+    """Published GGUF files of these have 18.56, 8.71 and 404.43 GB, headers with them (from memory of their pages)."""
+    rows = dict(report(conformance / "configs" / "hf" / f"{name}_config.json", quantize=type))
+    assert dict(rows["model"])["size"] == size
+
+
 def test_mistral_large_3s_params_json_gives_its_published_figures(tmp_path: Path) -> None:
     """Its model card: 675B in all, of which 41B active; 673B and 39B without the vision encoder (and embeddings)."""
     (tmp_path / "params.json").write_text(json.dumps(LARGE))
