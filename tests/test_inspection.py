@@ -154,7 +154,7 @@ def test_all_that_is_needed_is_listed_with_its_sum(grouped: Path) -> None:
     assert found.nbytes == 76_800 + found.working + found.vocabulary + PYTHON_NBYTES
     assert sections(grouped, 300)["memory"]["needed beside the weights"] == (
         f"{readable_size(found.nbytes)} at 300 tokens: KV cache 76.8 kB, "
-        f"working memory {readable_size(found.working)}, vocabulary 71.8 kB, Python and libraries 45 MB"
+        f"working memory {readable_size(found.working)}, vocabulary 71.8 kB, Python and libraries 49 MB"
     )
 
 
