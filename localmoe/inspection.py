@@ -102,8 +102,11 @@ def _opened(path: str | Path, quantize: str | None) -> Network:
 
     path = Path(path).expanduser()
     source = open_plan(path) if is_plan(path) else open_source(path)
-    network = Network(source)  # in a plan tensors come into being by being asked for
-    return Network(plan_folder(source, quantize).unread()) if quantize else network
+    if quantize is None:
+        return Network(source)
+    if isinstance(source.tensors, PlannedTensors):
+        Network(source)  # tensors of a plan come into being by being asked for
+    return Network(plan_folder(source, quantize).unread())
 
 
 def _model(network: Network) -> list[tuple[str, str]]:

@@ -250,6 +250,10 @@ class Model:
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces)
 
+    def wait_for_weights(self) -> None:
+        """Returns when all weights that are read ahead have been read, so that nothing else runs beside a step."""
+        self._prefault.wait()
+
     def close(self) -> None:
         """Stop the device's threads and free the cache."""
         self._prefault.stop()

@@ -18,6 +18,8 @@ from tiny import Tiny
 
 from localmoe.arch.table import FAMILIES
 from localmoe.errors import UnsupportedError
+from localmoe.evaluation.own_pass import own_pass
+from localmoe.inspection import program_table, report
 from localmoe.model import LAZY_MODES, Model, Network
 from localmoe.repl.input import LineReader
 from localmoe.repl.loop import converse
@@ -97,6 +99,22 @@ def test_the_loading_mode_and_the_number_of_threads_leave_every_bit(tiny: Tiny, 
     right = found["auto", 2]
     for how, answer in found.items():
         assert all(map(np.array_equal, answer, right)), how
+
+
+def test_inspect_and_verify_see_every_layer_and_who_was_chosen(tiny: Tiny, tmp_path: Path) -> None:
+    path = written(tiny, tmp_path / "tiny.gguf")
+    model = Model(path, device="reference", context=64)
+    found, ops = own_pass(model, np.asarray(IDS, np.int32)), model.network.program(1).ops
+    model.close()
+    names = {weight.name.split(".")[1] for op in ops for weight in op.weights if weight.name.startswith("blk.")}
+    facts = {what: value for _, rows in report(path) for what, value in rows}
+    assert facts["blocks"] == str(len(names)) == str(len(found.layers))
+    assert len(program_table(path)[1]) == len(ops)
+    routers = [op.attributes["router"] for op in ops if op.name == "route"]
+    for router, number in zip(routers, sorted(found.experts), strict=True):
+        if router.groups == 1:
+            best = np.argsort(-found.standing[number], axis=1)[:, : router.used]
+            assert np.array_equal(np.sort(best), np.sort(found.experts[number]))
 
 
 @pytest.mark.parametrize("value", [7, "spiral"])

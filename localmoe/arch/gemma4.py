@@ -39,6 +39,10 @@ class Config:
     local_rope: Rope  # of layers with a window
     vocabulary: int
 
+    @property
+    def block_count(self) -> int:
+        return len(self.windows)
+
     @classmethod
     def read(cls, meta: Metadata) -> Config:
         blocks, width, key_length = (
@@ -140,7 +144,7 @@ class Weights(NamedTuple):
 
 def load(c: Config, get: Checkpoint) -> Weights:
     """Every tensor by name and shape. rope_freqs are factors of the layers without window, 1e30 where nothing turns."""
-    D, P, L = c.embedding_length, c.layer_input_length, len(c.windows)
+    D, P, L = c.embedding_length, c.layer_input_length, c.block_count
     embedding = get("token_embd", (c.vocabulary, D))
     layer_inputs = LayerInputs(
         embedding=get("per_layer_token_embd", (c.vocabulary, L * P)),
@@ -223,7 +227,7 @@ def forward(ops: Ops, c: Config, w: Weights, tokens: Tensor, cache: Cache) -> Te
 
 def layer_inputs(ops: Ops, c: Config, w: LayerInputs, tokens: Tensor, x: Tensor) -> Tensor:
     """What each layer gets of a token, (T, L·P): a part by its id, and a part by its embedding."""
-    L, P = len(c.windows), c.layer_input_length
+    L, P = c.block_count, c.layer_input_length
     by_id = ops.scale(ops.embed(w.embedding, tokens), P**0.5)  # (T, L·P)
     projected = ops.scale(ops.linear(x, w.projection), c.embedding_length**-0.5).heads(L)  # (T, L, P)
     return ops.scale(ops.add(ops.rms_norm(projected, w.norm, c.rms_epsilon).flat(), by_id), 0.5**0.5)

@@ -93,16 +93,10 @@ class Subject:
     """A model opened under one setting, its limits, and the token ids that every test of it reads."""
 
     def __init__(self, request: Request, setting: Setting, data: Bytes | None, progress: Progress | None) -> None:
-        how = {
-            "device": setting.device,
-            "lazy": setting.lazy,
-            "kv_format": setting.kv,
-            "threads": setting.threads,
-            "quantize": setting.quantize,
-        }
         start = perf_counter()
-        self.model = Model(request.path, context=request.context, progress=progress, **how)  # type: ignore[arg-type]
+        self.model = Model(request.path, context=request.context, progress=progress, **setting.how)
         self.opening = perf_counter() - start
+        self.model.wait_for_weights()
         self.setting = replace(setting, threads=self.model.threads)
         device = self.model.device
         self.limits = Limits(device, data) if isinstance(device, CpuDevice) else None

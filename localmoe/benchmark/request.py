@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from localmoe.errors import SettingError
 from localmoe.formats import KV_FORMATS
@@ -36,6 +36,12 @@ class Setting:
     lazy: str = "auto"
     device: str = "cpu"
     quantize: str | None = None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `Model` is called with."""
+        shared = {"threads": self.threads, "lazy": self.lazy, "device": self.device, "quantize": self.quantize}
+        return shared | {"kv_format": self.kv}
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,15 +63,9 @@ def run(request: Request, progress: Progress | None = None) -> Profiles:
     told = machine.description()
     found = []
     for setting in request.settings:
-        how = {
-            "device": setting.device,
-            "lazy": setting.lazy,
-            "kv_format": setting.kv,
-            "threads": setting.threads,
-            "quantize": setting.quantize,
-        }
-        model = Model(request.path, context=request.context, progress=progress, **how)  # type: ignore[arg-type]
+        model = Model(request.path, context=request.context, progress=progress, **setting.how)
         try:
+            model.wait_for_weights()
             device = model.device
             if not isinstance(device, CpuDevice):
                 raise SettingError(f"--ops is for the cpu device; {device.name!r} has no tape")

@@ -42,7 +42,7 @@ def own_pass(model: Model, tokens: Ids, progress: Progress | None = None) -> Own
         if op.name == "embed":
             layer = -1
         if op.name == "route":
-            bias = values(op.weights[0]) if op.weights else None
+            bias = values(op.weights[0]) if op.attributes["biased"] else None
             standing[layer].append(standing_of(op.attributes["router"], inputs[0].copy(), bias)[1])
             experts[layer].append(outputs[0].copy())
         if not op.weights or layer > last:

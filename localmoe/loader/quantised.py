@@ -175,7 +175,7 @@ def blocks(name: str, numbers: Array, scales: Array, zeros: Array, group: int) -
     """scale · (number - zero), numbers 0 to 15 (R, C), scales and zeros (R, groups), as GGML's blocks of 32.
 
     A zero of 8 everywhere gives Q4_0, exact but for scales that float16 does not hold; else Q4_1, whose minimum
-    -scale · zero is rounded to float16, by less than 1/500 of a step.
+    -scale · zero is rounded to float16, by at most 1/137 of a step.
     """
     rows, columns = numbers.shape
     if columns % 32 or group % 32:
