@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sampling", "sandbox", "tekken", "vocabulary"),
     ("arch", "tokenizer", "template"),
     ("quantisation",),
+    ("experts",),
     ("model",),
     ("engine",),
     ("inspection", "benchmark", "conversion", "evaluation", "session"),
