@@ -55,7 +55,7 @@ def _bare(kind: int, value: Any) -> bytes:
 
 def stored_values(path: Path) -> dict[str, bytes]:
     """The metadata of a GGUF file, each value as its bytes with the type before them."""
-    header = Header(path, map_file(path))
+    header = Header(path, map_file(path).data)
     header.step(len(MAGIC) + 4, "the magic and the version")
     header.count("tensors", 1, TENSOR_LIMIT)
     found: dict[str, bytes] = {}

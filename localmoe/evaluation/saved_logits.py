@@ -72,7 +72,7 @@ class SavedLogits:
     def __init__(self, path: Path) -> None:
         """Raises FileFormatError for what is no such file, or is shorter or longer than its head says."""
         self.path = path
-        data = map_file(path)
+        data = map_file(path).data
         if len(data) < HEAD or data[:8] != MAGIC:
             raise FileFormatError(f"{path}: it begins with {data[:8]!r}, expected {MAGIC!r} of saved logits")
         self.context, self.vocabulary, self.chunks = (

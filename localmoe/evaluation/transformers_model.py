@@ -62,7 +62,7 @@ class StreamedModel:
         FileFormatError for a broken folder."""
         transformers = load_transformers()
         self.folder, self.version, self._progress = folder, str(transformers.__version__), progress
-        self.entries, _ = read_shards(folder)
+        self.entries = read_shards(folder)
         with refused(folder):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             quantizer = dequantizer(config, folder)

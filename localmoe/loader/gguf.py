@@ -22,6 +22,7 @@ import numpy as np
 
 from localmoe.errors import FileFormatError, LocalMoeError, UnsupportedError
 from localmoe.formats import F32, FORMAT_BY_ID, FORMATS, SCALED, Format, Scales, Weight
+from localmoe.loader.files import MappedFile, by_address
 from localmoe.loader.source import LazyWeights, Source, map_file, shown
 
 MAGIC = b"GGUF"
@@ -67,7 +68,7 @@ class Part:
     """One GGUF file: its mapping, its metadata and its tensor records."""
 
     path: Path
-    data: mmap.mmap
+    file: MappedFile
     metadata: dict[str, Any]
     records: list[Record]
 
@@ -167,7 +168,8 @@ class Header:
 
 def read_part(path: Path) -> Part:
     """The header of one file, checked whole: keys, tensor records, their formats, places and sizes."""
-    header = Header(path, map_file(path))
+    file = map_file(path)
+    header = Header(path, file.data)
     _check_version(header)
     tensor_count = header.count("tensors", TENSOR_NBYTES, TENSOR_LIMIT)
     metadata: dict[str, Any] = {}
@@ -181,8 +183,8 @@ def read_part(path: Path) -> Part:
         raise FileFormatError(f"{path}: general.alignment is {shown(alignment)}, expected a power of two from 8")
     found = [_tensor_record(header) for _ in range(tensor_count)]
     begin = (header.at + alignment - 1) // alignment * alignment
-    records = _placed(path, found, begin, alignment, len(header.data))
-    return Part(path, header.data, metadata, records)
+    records = _placed(path, found, begin, alignment, file.nbytes)
+    return Part(path, file, metadata, records)
 
 
 def _check_version(header: Header) -> None:
@@ -258,7 +260,7 @@ def open_gguf(path: Path) -> Source:
         for record in p.records:
             if record.name in makers:
                 raise FileFormatError(f"{p.path}: tensor {shown(record.name)} is in an earlier part too")
-            makers[record.name] = partial(_weight, record, p.data)
+            makers[record.name] = partial(_weight, record, p.file.data)
     total = parts[0].metadata.get("split.tensors.count", len(makers))
     if total != len(makers):
         raise FileFormatError(f"{path}: the parts hold {len(makers)} tensors, split.tensors.count says {shown(total)}")
@@ -267,7 +269,8 @@ def open_gguf(path: Path) -> Source:
         if f"{head}scale" in makers:
             makers[name] = partial(_scaled, path, makers[name], makers.pop(f"{head}scale"))
         makers.pop(f"{head}input_scale", None)  # how activations were to be rounded, which they are not here
-    return Source(path, "gguf", parts[0].metadata, LazyWeights(makers), sum(len(p.data) for p in parts))
+    files = by_address(p.file for p in parts)
+    return Source(path, "gguf", parts[0].metadata, LazyWeights(makers), sum(file.nbytes for file in files), files=files)
 
 
 def _scaled(path: Path, make: Callable[[], Weight], make_scales: Callable[[], Weight]) -> Weight:
@@ -309,6 +312,6 @@ def _all_parts(opened: Part) -> list[Part]:
 def is_gguf(path: Path) -> bool:
     """Whether a file that can be opened begins as GGUF does."""
     try:
-        return map_file(path)[:4] == MAGIC
+        return map_file(path).data[:4] == MAGIC
     except LocalMoeError:
         return False

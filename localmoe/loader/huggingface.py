@@ -12,6 +12,7 @@ from typing import Any, Literal
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
 from localmoe.loader.checkpoint import stacked
+from localmoe.loader.files import by_address
 from localmoe.loader.huggingface_config import FAMILIES, config_keys, quantization_of, text_settings
 from localmoe.loader.quantised import Stored, joined
 from localmoe.loader.safetensors import PACKED, Entry, read_json, read_shards
@@ -67,7 +68,7 @@ def open_folder(path: Path) -> Source:
     config = text_settings(read_json(path / "config.json", SMALL))
     origin = str(path / "config.json")
     config_keys(config, origin)  # before hundreds of files are opened
-    return folder_source(path, "folder", config, origin, *read_shards(path))
+    return folder_source(path, "folder", config, origin, read_shards(path))
 
 
 def folder_source(
@@ -76,7 +77,6 @@ def folder_source(
     config: Mapping[str, Any],
     origin: str,
     entries: Mapping[str, Entry],
-    nbytes: int,
     more: Mapping[str, Any] | None = None,
 ) -> Source:
     """The Source of a folder whose settings and tensors go by Hugging Face's names; `more` are GGUF keys that count."""
@@ -97,7 +97,9 @@ def folder_source(
     metadata: dict[str, Any] = {"general.architecture": architecture, "general.name": path.resolve().name, **keys}
     metadata.update(_sampling(path / "generation_config.json"))
     metadata.update(_chat_templates(path))
-    return Source(path, kind, metadata, LazyWeights(makers), nbytes, tokenizer_folder=path)
+    files = by_address(entry.file for entry in entries.values())
+    nbytes = sum(file.nbytes for file in files)
+    return Source(path, kind, metadata, LazyWeights(makers), nbytes, tokenizer_folder=path, files=files)
 
 
 def _gguf_named(

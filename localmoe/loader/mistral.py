@@ -57,10 +57,10 @@ def is_native(folder: Path) -> bool:
 def open_native(path: Path) -> Source:
     """Opens a folder with params.json and consolidated*.safetensors; raises as `open_folder` does."""
     origin = str(path / PARAMS)
-    entries, nbytes = read_shards(path, FILES)
+    entries = read_shards(path, FILES)
     config, keys = hugging_face(read_json(path / PARAMS, SMALL), origin)
     named = {renamed(name): entry for name, entry in entries.items()}
-    return folder_source(path, "mistral", config, origin, named, nbytes, keys)
+    return folder_source(path, "mistral", config, origin, named, keys)
 
 
 def hugging_face(params: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:

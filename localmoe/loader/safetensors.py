@@ -19,6 +19,7 @@ import numpy as np
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import F8_E4M3, FORMATS, Format, Weight
+from localmoe.loader.files import MappedFile
 from localmoe.loader.source import map_file, read_small_file, shown
 
 HEADER_LIMIT = 100_000_000  # the reference implementation's own bound
@@ -31,15 +32,22 @@ SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I3
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: `start` and `stop` count from the beginning of `data`."""
+    """Where one tensor lies: `start` and `stop` count from the beginning of the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    path: Path
-    data: mmap.mmap
+    file: MappedFile
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def data(self) -> mmap.mmap:
+        return self.file.data
 
     @property
     def format(self) -> Format:
@@ -59,7 +67,8 @@ class Entry:
 
 def read_safetensors(path: Path) -> dict[str, Entry]:
     """The tensors of one file by name, checked against the file: sizes, places, no two of them overlapping."""
-    data = map_file(path)
+    file = map_file(path)
+    data = file.data
     if len(data) < 8:
         raise FileFormatError(f"{path}: {len(data)} bytes, expected at least the 8 of the header's length")
     nbytes = int.from_bytes(data[:8], "little")
@@ -69,7 +78,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         raise FileFormatError(f"{path}: at byte 0: a header of {nbytes} bytes, expected at most {HEADER_LIMIT}")
     header = parse_json(data[8 : 8 + nbytes], f"{path}: header")
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, data, name, found, 8 + nbytes) for name, found in header.items()}
+    entries = {name: _entry(file, name, found, 8 + nbytes) for name, found in header.items()}
     for one, after in pairwise(sorted(entries.values(), key=lambda e: (e.start, e.stop))):
         if after.start < one.stop:
             names = f"{shown(one.name)} and {shown(after.name)}"
@@ -77,9 +86,9 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> Entry:
+def _entry(file: MappedFile, name: str, found: Any, begin: int) -> Entry:
     def error(what: str) -> FileFormatError:
-        return FileFormatError(f"{path}: tensor {shown(name)} {what}")
+        return FileFormatError(f"{file.path}: tensor {shown(name)} {what}")
 
     if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
         raise error(f"is {shown(found)}, expected dtype, shape and data_offsets")
@@ -91,19 +100,19 @@ def _entry(path: Path, data: mmap.mmap, name: str, found: Any, begin: int) -> En
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise error(f"has data_offsets {shown(offsets)}, expected a start and an end")
     start, stop = begin + offsets[0], begin + offsets[1]
-    if stop > len(data):
-        raise error(f"ends at byte {stop}, the file at {len(data)}: is the download complete?")
+    if stop > file.nbytes:
+        raise error(f"ends at byte {stop}, the file at {file.nbytes}: is the download complete?")
     # Packed experts have axes for their rows and blocks: the first one alone counts matrices.
     if prod(shape[:1] if dtype in PACKED and len(shape) > 2 else shape[:-2]) > MATRIX_LIMIT:
         raise error(f"has shape {shown(shape)}, expected at most {MATRIX_LIMIT} matrices")
     if dtype in SIZES and prod(shape) * SIZES[dtype] != stop - start:
         expected = f"{prod(shape) * SIZES[dtype]} bytes for {dtype} {tuple(shape)}"
         raise error(f"has {stop - start} bytes, expected {expected}")
-    return Entry(name, dtype, tuple(shape), start, stop, path, data)
+    return Entry(name, dtype, tuple(shape), start, stop, file)
 
 
-def read_shards(folder: Path, stem: str = "model") -> tuple[dict[str, Entry], int]:
-    """All tensors of a folder, single file or sharded by its index, and the bytes of the files."""
+def read_shards(folder: Path, stem: str = "model") -> dict[str, Entry]:
+    """All tensors of a folder, single file or sharded by its index."""
     index = f"{stem}.safetensors.index.json"
     wanted = weight_map(folder / index) if os.path.exists(folder / index) else {}
     files = sorted(set(wanted.values())) or [_only_file(folder, stem)]
@@ -119,7 +128,7 @@ def read_shards(folder: Path, stem: str = "model") -> tuple[dict[str, Entry], in
     for name, file in wanted.items():
         if name not in entries or entries[name].path.name != file:
             raise FileFormatError(f"{folder / file}: tensor {shown(name)} is not in it, though {index} says so")
-    return entries, sum({entry.path: len(entry.data) for entry in entries.values()}.values())
+    return entries
 
 
 def _only_file(folder: Path, stem: str) -> str:

@@ -5,7 +5,6 @@ Opening reads headers only. Tensors are made when asked for, as views of memory-
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from localmoe.errors import FileFormatError
 from localmoe.formats import Weight
+from localmoe.loader.files import MappedFile
 
 
 class LazyWeights(Mapping[str, Weight]):
@@ -73,7 +73,10 @@ class PlannedTensors(Mapping[str, Weight]):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model; `nbytes` counts the weight files, `tokenizer_folder` is None where metadata has the tokens."""
+    """An opened model; `nbytes` counts the weight files, `tokenizer_folder` is None where metadata has the tokens.
+
+    `files` are those that tensors are views of, by address; none of a plan.
+    """
 
     path: Path
     kind: Literal["gguf", "folder", "mistral"]
@@ -81,6 +84,7 @@ class Source:
     tensors: Mapping[str, Weight]
     nbytes: int
     tokenizer_folder: Path | None = None
+    files: tuple[MappedFile, ...] = ()
 
     @property
     def rope_permuted(self) -> bool:
@@ -121,12 +125,11 @@ def require_file(path: Path) -> int:
     return found.st_size
 
 
-def map_file(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> MappedFile:
     """The file memory-mapped, read only; nothing of it is read."""
     require_file(path)
     try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return MappedFile.of(path)
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path}: {_reason(error)}") from None
 

@@ -57,7 +57,7 @@ def gguf_form(source: Source) -> Source:
     _part_gate_and_up(makers)
     for name in [name for name in makers if name.endswith("ffn_gate_inp_shexp.weight")]:
         makers[name] = partial(_flat, makers[name])
-    return Source(source.path, "gguf", keys, LazyWeights(makers), source.nbytes, source.tokenizer_folder)
+    return Source(source.path, "gguf", keys, LazyWeights(makers), source.nbytes, source.tokenizer_folder, source.files)
 
 
 def _add_widths(keys: dict[str, Any], architecture: str) -> None:
