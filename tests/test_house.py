@@ -19,6 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Rooms from the ground up: an import goes to a lower floor or stays in its own room. "" is localmoe/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("cgroup",),
     ("formats", "memory", "settings", "pretokenizers"),
     ("prefault",),
     ("loader", "kernels"),

@@ -8,12 +8,6 @@ from pathlib import Path
 from localmoe.errors import SettingError
 
 MODES = ("auto", "mmap", "slots", "off")
-UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)},
-    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from localmoe.errors import DeviceError, SettingError
 from localmoe.formats import KV_FORMATS, Format
 from localmoe.kernels.program import IN_PLACE, Floats, Program, Progress, StateSlots, Watcher
+from localmoe.kernels.residency import Residency
 
 DEVICES = ("cpu", "reference")
 
@@ -37,10 +38,13 @@ class Device(Protocol):
     name: str
     threads: int
 
-    def compile(self, program: Program) -> Plan: ...
+    def compile(self, program: Program, residency: Residency | None = None) -> Plan: ...
 
-    def compile_all(self, programs: Sequence[Program]) -> Sequence[Plan]:
-        """A Plan for each; what has to be made for several of them is made once, under one count of progress."""
+    def compile_all(self, programs: Sequence[Program], residency: Residency | None = None) -> Sequence[Plan]:
+        """A Plan for each; what has to be made for several of them is made once, under one count of progress.
+
+        With a `residency`, experts are where it says when it says so; without, where the Program's weights lie.
+        """
         ...
 
     def close(self) -> None:

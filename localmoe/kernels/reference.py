@@ -25,6 +25,7 @@ from localmoe.kernels.reference_router import choose
 from localmoe.kernels.reference_states import Carried, convolved, delta_rows, sigmoid
 from localmoe.kernels.reference_weights import cached, matrix, values
 from localmoe.kernels.reference_weights import rows as rows_of
+from localmoe.kernels.residency import Residency
 
 Array = npt.NDArray[Any]
 
@@ -42,10 +43,11 @@ class ReferenceDevice:
         self.states: dict[int, Array] = {}  # (slots, matrices, rows, columns)
         self.slots = StateSlots()  # of the step that runs
 
-    def compile_all(self, programs: Sequence[Program]) -> list[ReferencePlan]:
+    def compile_all(self, programs: Sequence[Program], residency: Residency | None = None) -> list[ReferencePlan]:
         return [self.compile(program) for program in programs]
 
-    def compile(self, program: Program) -> ReferencePlan:
+    def compile(self, program: Program, residency: Residency | None = None) -> ReferencePlan:
+        """It reads weights where the Program has them, whatever the residency."""
         for layer in program.cache:
             if layer.index not in self.caches:
                 keys = np.zeros((layer.heads, self.context, layer.key_width), np.float32)

@@ -25,9 +25,9 @@ class ExpertLayer(Protocol):
         """Where each expert's gate, up and down matrix begins, (E,) each; true of an expert while a wave holds it."""
         ...
 
-    def choose(self, ids: Ids, tokens: int, guess: Ids | None = None) -> bool:
-        """Hears what the router chose, (T, k), in the order of use, and what the next layer's may choose; what is
-        missing begins to be read. Whether all of it is there, and stays until the next call."""
+    def choose(self, ids: Ids, guess: Ids | None = None) -> bool:
+        """Hears what the router chose, (T, k), and what the next layer's may choose; what is missing begins to be read.
+        Whether all of it is there: then it stays until the next call, and there are no waves."""
         ...
 
     def waves(self) -> Iterator[Ids]:
@@ -38,6 +38,11 @@ class ExpertLayer(Protocol):
 
 class Residency(Protocol):
     """Keeps the experts of one model."""
+
+    @property
+    def lookahead(self) -> bool:
+        """Whether steps are to guess what the next layer will choose."""
+        ...
 
     def layer(self, op: Op) -> ExpertLayer:
         """The experts of an op of the Program; two Programs of a model share them, weight by weight."""

@@ -16,6 +16,7 @@ from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering
 from localmoe.kernels.cpu.team import Team
+from localmoe.kernels.cpu.waves import COUNTERS, Pause
 from localmoe.kernels.program import (
     IN_PLACE,
     CacheLayer,
@@ -29,6 +30,8 @@ from localmoe.kernels.program import (
     Watcher,
     cache_row,
 )
+from localmoe.kernels.residency import Residency
+from localmoe.kernels.rewrites import experts_late, with_guesses
 
 ALIGNMENT = 64
 CHUNK_ENTRIES = 16  # of a chunk's tape in one native call: about a layer
@@ -55,12 +58,14 @@ class CpuDevice:
         self._states: dict[int, Bytes] = {}
         self._tables: dict[int, tuple[RopeTable, Floats]] = {}
 
-    def compile(self, program: Program) -> CpuPlan:
-        return self.compile_all([program])[0]
+    def compile(self, program: Program, residency: Residency | None = None) -> CpuPlan:
+        return self.compile_all([program], residency)[0]
 
-    def compile_all(self, programs: Sequence[Program]) -> list[CpuPlan]:
+    def compile_all(self, programs: Sequence[Program], residency: Residency | None = None) -> list[CpuPlan]:
         """Lower every op to tape entries; kernels that are found nowhere are compiled now, under one count."""
-        lowerings = [Lowering(self, program) for program in programs]
+        if residency:
+            programs = [experts_late(with_guesses(p) if residency.lookahead else p) for p in programs]
+        lowerings = [Lowering(self, program, residency) for program in programs]
         for lowering in lowerings:
             lowering.run()
         names = [name for lowering in lowerings for name in lowering.kernel_names()]
@@ -177,22 +182,50 @@ class CpuPlan:
 
     def run(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots = IN_PLACE) -> Floats:
         self._begin(tokens, position, slots)
-        # A chunk of a large model takes many seconds: between these pieces Python hears Ctrl+C.
-        entries = len(self._tape) if self._program.tokens == 1 else CHUNK_ENTRIES
-        for start in range(0, len(self._tape), entries):
-            self._device.threads_run(self._tape[start : start + entries])
+        done = 0
+        for pause in self._kept.pauses:
+            self._walk(done, pause.chosen)
+            done = pause.chosen if self._all_there(pause, tokens.size) else self._waves(pause, tokens.size)
+        self._walk(done, len(self._tape))
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
     def watch(self, tokens: npt.NDArray[np.int32], position: int, see: Watcher) -> Floats:
         assert self._program.tokens > 1, "in a step of one token threads have copies of their own"
         self._begin(tokens, position, IN_PLACE)
         owners = np.asarray(self.owners())
+        pauses = {id(pause.ids): pause for pause in self._kept.pauses}
         for i, op in enumerate(self._program.ops):
-            for entry in np.flatnonzero(owners == i):
+            entries = np.flatnonzero(owners == i)
+            pause = pauses.get(id(op.inputs[1])) if op.name == "experts" else None
+            if pause and not self._all_there(pause, tokens.size):
+                self._waves(pause, tokens.size)
+                entries = entries[entries >= pause.last]
+            for entry in entries:
                 self.run_entry(int(entry))
             inputs, outputs = ([self._view(t, tokens.size) for t in tensors] for tensors in (op.inputs, op.outputs))
             see(op, inputs, outputs)
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
+
+    def _walk(self, start: int, stop: int) -> None:
+        # A chunk of a large model takes many seconds: between these pieces Python hears Ctrl+C.
+        entries = len(self._tape) if self._program.tokens == 1 else CHUNK_ENTRIES
+        for first in range(start, stop, entries):
+            self._device.threads_run(self._tape[first : min(first + entries, stop)])
+
+    def _all_there(self, pause: Pause, tokens: int) -> bool:
+        guess = self._view(pause.guess, tokens) if pause.guess else None
+        pause.list_all()
+        return pause.layer.choose(self._view(pause.ids, tokens), guess)
+
+    def _waves(self, pause: Pause, tokens: int) -> int:
+        """Runs the entries from the router to the last wave, of which none is run before its experts are in memory."""
+        self._walk(pause.chosen, pause.first)
+        for ready in pause.layer.waves():
+            pause.list_ready(ready, self._view(pause.ids, tokens))
+            if pause.counters:
+                self._piece(pause.counters.offset, COUNTERS, np.dtype(np.int64))[:] = 0
+            self._walk(pause.first, pause.last)
+        return pause.last
 
     def _begin(self, tokens: npt.NDArray[np.int32], position: int, slots: StateSlots) -> None:
         self._input[: tokens.size] = tokens

@@ -30,7 +30,9 @@ from localmoe.kernels.cpu import (
     selection,
 )
 from localmoe.kernels.cpu.arguments import Argument, At, Function
+from localmoe.kernels.cpu.waves import Pause
 from localmoe.kernels.program import Op, Program, Tensor, contiguous
+from localmoe.kernels.residency import Residency
 
 if TYPE_CHECKING:
     from localmoe.kernels.cpu.device import CpuDevice
@@ -78,9 +80,12 @@ class Arena:
 class Lowering:
     """Turns one Program into tape entries."""
 
-    def __init__(self, device: CpuDevice, program: Program) -> None:
+    def __init__(self, device: CpuDevice, program: Program, residency: Residency | None = None) -> None:
+        """Where there is a `residency`, not all experts are in memory, and the step pauses behind each router."""
         self.device = device
         self.program = program
+        self.residency = residency
+        self.pauses: list[Pause] = []
         self.isa = device.kernels.isa
         self.threads = device.threads
         self.arena = Arena()
@@ -137,6 +142,15 @@ class Lowering:
     def apart(self, tensor: Tensor) -> int:
         """Bytes from one thread's copy of a tensor to the next one's; 0 where threads share it."""
         return line_nbytes(4 * prod(tensor.shape)) if tensor.buffer in self._private else 0
+
+    @property
+    def entry_count(self) -> int:
+        return len(self._entries)
+
+    def entries_until(self, tensor: Tensor) -> int:
+        """How many entries there are up to the op that writes a tensor."""
+        writer = next(i for i, op in enumerate(self.program.ops) if tensor in op.outputs)
+        return sum(owner <= writer for owner in self.owners)
 
     def at(self, tensor: Tensor) -> At:
         """Where a tensor (or view) begins."""
