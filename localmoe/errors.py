@@ -12,6 +12,11 @@ class FileFormatError(LocalMoeError):
     """A model file or folder is broken, truncated or hostile: the message names the file and the place."""
 
 
+class ReadError(LocalMoeError):
+    """A model file that was sound cannot be read any more: the message names the file, the place and what the system
+    said."""
+
+
 class UnsupportedError(LocalMoeError):
     """A file is sound but asks for something that is not implemented: the message names the key and its value."""
 
