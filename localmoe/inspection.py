@@ -5,59 +5,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from localmoe.experts.budget import Needed
 from localmoe.formats import Weight
 from localmoe.kernels.open import cache_format
 from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
 from localmoe.loader.source import PlannedTensors
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
-from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.model import DEFAULT_CONTEXT, Network
 from localmoe.quantisation.planning import plan_folder
 
 Section = tuple[str, list[tuple[str, str]]]
 
-# Measured with bench/memory.py (CPython 3.11, x86-64): a chat at a terminal whose kernels need no compiling.
-PYTHON_NBYTES = 49_000_000  # the interpreter, numpy, llvmlite with the kernels, rich, prompt_toolkit, jinja2
-# Of the header's lists and the tokenizer made from them: 246 to 309 in 15 vocabularies of bytes, 444 to 674 in 3 others
-NBYTES_PER_TOKEN_OR_MERGE, NBYTES_PER_SCORED_TOKEN = 275, 640
-
-
-@dataclass(frozen=True, slots=True)
-class Needed:
-    """Bytes that a chat on the cpu takes beside the weights once its context is full; pages of files are not among
-    them."""
-
-    cache: int  # rows padded as the device pads them
-    working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
-    vocabulary: int
-    python: int = PYTHON_NBYTES
-    states: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.cache + self.states + self.working + self.vocabulary + self.python
-
-    @property
-    def parts(self) -> str:
-        """What it is made of, in words."""
-        cache, working, vocabulary, python = map(
-            readable_size, (self.cache, self.working, self.vocabulary, self.python)
-        )
-        cache += f", recurrent states {readable_size(self.states)}" if self.states else ""
-        return f"KV cache {cache}, working memory {working}, vocabulary {vocabulary}, Python and libraries {python}"
-
 
 def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
     """What a chat with a context of so many tokens needs; reads no weight and compiles nothing."""
-    from localmoe.kernels.cpu.device import CpuDevice
-
-    programs = [network.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
-    cache, working = CpuDevice.needed_nbytes(programs, context, kv_format)
-    states = programs[0].state_slots * programs[0].state_nbytes
-    return Needed(cache - states, working, _vocabulary_nbytes(network), states=states)
+    return network.needed(context, kv_format)
 
 
 def report(
@@ -181,14 +146,6 @@ def _states(program: Program) -> list[tuple[str, str]]:
     once, slots = program.state_nbytes, program.state_slots
     size = f"{readable_size(slots * once)}: {readable_size(once)} at each of {slots} positions to go on from"
     return [("recurrent states", size)] if slots else []
-
-
-def _vocabulary_nbytes(network: Network) -> int:
-    metadata, tokens = network.source.metadata, int(network.config.vocabulary)
-    if metadata.get("tokenizer.ggml.model") == "llama":  # its merges are made from scores
-        return NBYTES_PER_SCORED_TOKEN * tokens
-    merges = metadata.get("tokenizer.ggml.merges")
-    return NBYTES_PER_TOKEN_OR_MERGE * (tokens + (len(merges) if isinstance(merges, list) else tokens))
 
 
 def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
