@@ -24,6 +24,7 @@ from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
 
 SMALL = 2  # times the weights: what fits so often needs no reckoning
+ROUNDING = 1.005  # so that a size that is named as enough is, once it is rounded to three places
 SHARE = 0.9  # of the free memory is the budget where none was asked for: the system needs some for itself
 
 
@@ -112,12 +113,12 @@ def room_for_experts(
     if loading.expert_cache is not None and loading.expert_cache < least:
         raise SettingError(
             f"{source.path}: an expert cache of {readable_size(loading.expert_cache)} is too small; at least "
-            f"{readable_size(least)} are needed"
+            f"{readable_size(ROUNDING * least)} are needed"
         )
     raise SettingError(
         f"{source.path}: {readable_size(budget)} of memory are too few: {readable_size(sizes.dense)} of weights that "
-        f"always stay, {readable_size(beside)} beside them and {readable_size(least)} for experts need "
-        f"{readable_size(fixed + least)}"
+        f"always stay, {readable_size(beside)} beside them and {readable_size(least)} for experts need at least "
+        f"{readable_size(ROUNDING * (fixed + least))}"
     )
 
 

@@ -28,6 +28,7 @@ from localmoe.loader.files import MappedFile, by_address, place
 
 THREADS = 4  # readers: two reads in flight nearly saturate a disk, and a thread that computes is in the way of one
 IN_FLIGHT = 8  # experts of a prompt's chunk that are read while others are multiplied
+PASSAGE = 4  # slots that a layer may fill at least while it reads a prompt: two are read while two are multiplied
 NOBODY = np.empty(0, np.int32)
 
 
@@ -162,8 +163,10 @@ class SlotExperts:
         if layer is not None:
             owners = pool.owner // self.width
             sizes = np.bincount(owners[pool.owner >= 0], minlength=len(self.layers))
-            chosen = owners == layer.index if sizes[layer.index] >= pool.share else sizes[owners] > pool.share
-            may_go = may_go & chosen if (may_go & chosen).any() else may_go
+            if sizes[layer.index] >= pool.share:
+                may_go &= owners == layer.index
+            elif (beyond := may_go & (sizes[owners] > pool.share)).any():
+                may_go = beyond
         slots = np.flatnonzero(may_go)
         if not slots.size:
             return None
@@ -326,7 +329,7 @@ def pools(ops: Sequence[Op], room: int) -> dict[Size, Pool]:
         experts, used = sum(op.weights[0].shape[0] for op in same), max(op.inputs[1].shape[1] for op in same)
         more = int(spare * (experts - used) / max(whole - least, 1)) if whole > least else 0
         slots = min(used + more, experts)
-        found[size] = Pool(slots, size.nbytes, max(slots // len(same), 1))
+        found[size] = Pool(slots, size.nbytes, max(slots // len(same), min(PASSAGE, slots)))
     return found
 
 
