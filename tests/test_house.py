@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("engine",),
     ("inspection", "benchmark", "conversion", "evaluation", "session"),
-    ("notebook",),
+    ("notebook", "outlook"),
     ("",),
     ("repl",),
     ("cli",),
