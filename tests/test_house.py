@@ -20,7 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("cgroup",),
-    ("formats", "memory", "settings", "pretokenizers"),
+    ("formats", "memory", "processors", "settings", "pretokenizers"),
     ("prefault",),
     ("loader", "kernels"),
     ("sampling", "sandbox", "tekken", "vocabulary"),
@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("inspection", "benchmark", "conversion", "evaluation", "session"),
     ("notebook", "outlook"),
-    ("",),
+    ("", "doctor"),
     ("repl",),
     ("cli",),
     ("__main__",),

@@ -1,5 +1,5 @@
-"""`inspect` and `plan`: what is in a model file and what running it would be like; knows how it is shown, not how it is
-found out."""
+"""`inspect`, `plan` and `doctor`: what is in a model file, what running it would be like, and why it is slow; knows how
+that is shown, not how it is found out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli.command import MODEL_HELP, AsJson, Context, KeyValueFormat, Quantize, app
+from localmoe.cli.command import MODEL_HELP, AsJson, Context, KeyValueFormat, ModelArgument, Quantize, app
 from localmoe.errors import SettingError
 from localmoe.memory import parse_rate, parse_size
 
 if TYPE_CHECKING:
     from localmoe.inspection import Section
     from localmoe.repl.render import Screen
+
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory for everything: 8GiB. Without it, what is free now.")
+]
 
 
 @app.command(name="inspect")
@@ -56,9 +60,7 @@ def plan(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help=MODEL_HELP + " A config.json will do.", show_default=False)
     ],
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory for everything: 8GiB. Without it, what is free now.")
-    ] = None,
+    memory: Memory = None,
     disk_speed: Annotated[
         str | None, typer.Option(metavar="RATE", help="Of the disk: 1.2GB/s. Without it, the file is read for 0.5 s.")
     ] = None,
@@ -82,6 +84,25 @@ def plan(
         show(Screen(), outlook.sections(found))
     if found.refusal:
         raise SettingError(f"{model}: {found.refusal}")
+
+
+@app.command()
+def doctor(
+    model: ModelArgument,
+    memory: Memory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a model is slow here, and what to try next."""
+    budget = None if memory is None else parse_size(memory)
+    from localmoe.doctor import examine, sections
+    from localmoe.inspection import open_network
+    from localmoe.repl.render import Screen
+
+    found = sections(examine(open_network(model), memory=budget))
+    if as_json:
+        print(json.dumps({title: dict(entries) for title, entries in found}, indent=2, ensure_ascii=False))
+    else:
+        show(Screen(), found)
 
 
 def show(screen: Screen, sections: list[Section]) -> None:
