@@ -29,7 +29,7 @@ def report(
     path: str | Path, context: int | None = None, kv_format: str = "f16", quantize: str | None = None
 ) -> list[Section]:
     """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
-    network = _opened(path, quantize)
+    network = open_network(path, quantize)
     program = network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
     asked = context or min(network.trained_context, DEFAULT_CONTEXT)
@@ -43,7 +43,7 @@ def report(
 
 def program_table(path: str | Path, quantize: str | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
-    program = _opened(path, quantize).program(1)
+    program = open_network(path, quantize).program(1)
     header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
     rows: list[tuple[str, ...]] = [
         (
@@ -60,9 +60,9 @@ def program_table(path: str | Path, quantize: str | None = None) -> tuple[tuple[
     return header, rows
 
 
-def _opened(path: str | Path, quantize: str | None) -> Network:
+def open_network(path: str | Path, quantize: str | None = None) -> Network:
     """The network of a model, of a plan where there are settings and no weights; of a folder that is to be quantised on
-    loading, as it will be."""
+    loading, as it will be. Reads headers alone; raises the same errors as opening the model would."""
     from localmoe.loader.planning import is_plan, open_plan  # late: models themselves need none of it
 
     path = Path(path).expanduser()
@@ -91,10 +91,17 @@ def _model(network: Network) -> list[tuple[str, str]]:
     return rows + [(what, str(value)) for what, value in more.items() if value]
 
 
-def _parameters(network: Network, routed: list[Op]) -> list[tuple[str, str]]:
+def parameters(network: Network) -> tuple[int, int]:
+    """(all, those that are active for one token)."""
+    routed = [op for op in network.program(1).ops if op.name == "experts"]
     total = sum(w.elements for w in network.tensors.values())
     asleep = sum(w.elements * (w.shape[0] - op.inputs[1].shape[1]) // w.shape[0] for op in routed for w in op.weights)
-    rows = [("total", _count(total)), ("active per token", _count(total - asleep))]
+    return total, total - asleep
+
+
+def _parameters(network: Network, routed: list[Op]) -> list[tuple[str, str]]:
+    total, active = parameters(network)
+    rows = [("total", readable_count(total)), ("active per token", readable_count(active))]
     if routed:
         chosen, experts = routed[0].inputs[1].shape[1], routed[0].weights[0].shape[0]
         layers = "1 layer" if len(routed) == 1 else f"{len(routed)} layers"
@@ -152,7 +159,7 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     return " ".join("×".join(map(str, s)) for s in shapes)
 
 
-def _count(parameters: int) -> str:
+def readable_count(parameters: int) -> str:
     """1234567 -> "1.23 M"."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
         if parameters >= size:
