@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from localmoe.experts.loading import Loading
     from localmoe.notebook import LoadedModel
 
 __all__ = ["load"]
@@ -20,29 +21,49 @@ def load(
     path: str | Path,
     device: str = "cpu",
     threads: int | None = None,
-    lazy: str = "auto",
+    lazy: str | Loading = "auto",
     context: int | None = None,
     kv_format: str = "f16",
     quantize: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    *,
+    memory: str | int | None = None,
+    expert_cache: str | int | None = None,
+    expert_policy: str | None = None,
+    lookahead: bool = False,
+    trace: str | Path | None = None,
 ) -> LoadedModel:
     """Open a GGUF file or a Hugging Face folder.
 
-    `device`: "cpu" or "reference". `threads`: None takes the physical cores that are quick. `lazy`: "mmap" reads
-    weights when first used, "auto" ahead of that in the background as well, where they fit the memory, "off" reads them
-    all now. `context`: tokens that the KV cache holds; None takes the
-    trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16" or "q8_0" (8 bits and a scale
-    for 32 values, about half the memory of f16). `quantize`: a file type such as "q4_K_M", to which the weights of a
-    folder are quantised on loading. `progress(what, done, total)` hears of anything that takes time.
+    `device`: "cpu" or "reference". `threads`: None takes the physical cores that are quick. `context`: tokens that the
+    KV cache holds; None takes the trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16" or
+    "q8_0" (8 bits and a scale for 32 values, about half the memory of f16). `quantize`: a file type such as "q4_K_M",
+    to which the weights of a folder are quantised on loading. `progress(what, done, total)` hears of anything that
+    takes time.
+
+    `lazy`: how weights are loaded, "off" (all now), "mmap" (when first used), "slots" (experts when they are chosen,
+    within a budget of memory), "auto" (as size, free memory and disk suggest), or a Loading with all that follows.
+    `memory`: the budget of the whole process, "8GiB" or in bytes; `expert_cache`: the part of it for experts;
+    `expert_policy`: which of them stay, "lfru", "lru" or "history"; `lookahead`: read some ahead that may be chosen;
+    `trace`: a file that gets every choice of experts. These five are for "slots", and for "auto", which may take it.
     Raises children of `localmoe.errors.LocalMoeError`.
     """
+    from localmoe.experts.loading import read_loading
     from localmoe.notebook import LoadedModel
 
+    loading = read_loading(
+        lazy,
+        memory=memory,
+        expert_cache=expert_cache,
+        expert_policy=expert_policy,
+        lookahead=lookahead,
+        trace=trace,
+    )
     return LoadedModel(
         path,
         device=device,
         threads=threads,
-        lazy=lazy,
+        loading=loading,
         context=context,
         kv_format=kv_format,
         quantize=quantize,

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from localmoe.arch.table import family
 from localmoe.errors import DeviceError, FileFormatError, SettingError
+from localmoe.experts.loading import Loading
+from localmoe.experts.telemetry import Counts, Room
 from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
 SCORE_CHUNK, SCORE_NBYTES = 64, 1 << 27  # all logits of a scoring step are kept: at least 64 rows, at most 128 MB
 DEFAULT_CONTEXT = 8192
-LAZY_MODES = ("auto", "mmap", "off")
 AHEAD = 0.75  # of the available memory may be weights that are read before they are used
 
 
@@ -86,7 +88,7 @@ class Model:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        lazy: str = "auto",
+        loading: Loading = Loading(),  # noqa: B008 - it is frozen
         context: int | None = None,
         kv_format: str = "f16",
         quantize: str | None = None,
@@ -98,8 +100,9 @@ class Model:
         Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does
         not fit.
         """
-        if lazy not in LAZY_MODES:
-            raise SettingError(f"loading mode {lazy!r} is not known; these are: {', '.join(LAZY_MODES)}")
+        if loading.mode == "slots":
+            raise SettingError("loading mode slots is not built yet")
+        self.loading = loading
         self.source = open_source(path)
         self._soundness = Soundness(self.source.files)
         if quantize is None:
@@ -114,13 +117,13 @@ class Model:
         self.path = self.source.path
         self.context = self._fitting_context(context, kv_format)
         self.chunk = min(CHUNK, self.context)
-        if lazy == "off":
+        if loading.mode == "off":
             read_all(self.source, progress)
         self.device: Device = open_device(
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
         fits = self.source.nbytes < AHEAD * available_nbytes()
-        self._prefault = Prefault(self.network.weights_by_use() if lazy == "auto" and fits else ())
+        self._prefault = Prefault(self.network.weights_by_use() if loading.mode == "auto" and fits else ())
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._states = States(self.network.program(1).state_slots)
         # Compiled now, under the progress bar, and not when the first answer is awaited.
@@ -155,6 +158,35 @@ class Model:
     @property
     def threads(self) -> int:
         return self.device.threads
+
+    @property
+    def residency_mode(self) -> str:
+        """What runs: "off", "mmap" or "slots"."""
+        return "off" if self.loading.mode == "off" else "mmap"
+
+    @property
+    def loading_reason(self) -> str:
+        """What was chosen and why, in one line."""
+        return "as asked"
+
+    def change_loading(self, loading: Loading) -> None:
+        """Load in another way from now on; what stands in the KV cache stays. Raises LocalMoeError: then the old way
+        goes on."""
+        if loading.mode == "slots":
+            raise SettingError("loading mode slots is not built yet")
+        self.loading = loading
+
+    def counts(self) -> Counts:
+        """What became of the experts that were chosen since the model was opened; zeros where nobody counts."""
+        return Counts()
+
+    def room(self) -> Room | None:
+        """None unless experts are in slots."""
+        return None
+
+    def uses(self) -> npt.NDArray[np.int64] | None:
+        """Tokens that chose each expert since opening, (layers, experts); None where nobody counts."""
+        return None
 
     @property
     def name(self) -> str:

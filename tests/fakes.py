@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.errors import DeviceError
+from localmoe.experts.loading import Loading
+from localmoe.experts.telemetry import Counts, Room
+
 SPECIALS = {"<|user|>": 256, "<|assistant|>": 257, "<|system|>": 258, "<|end|>": 259, "<|pad|>": 260}
 USER, ASSISTANT, SYSTEM, END, PAD = SPECIALS.values()
 PAIR = 261  # "ab", which the encoder always joins and the model never does
@@ -81,7 +85,7 @@ class FakeModel:
     """Spells `replies[last user message]` byte by byte and then `<|end|>`; a reply may also be given as token ids.
 
     `cached` is what the KV cache would hold, `calls` the (position, tokens) of each forward; `before_call` runs first
-    in each.
+    in each. In slots mode each step counts `step_counts`; `trouble` is why a loading mode cannot be changed.
     """
 
     name, architecture, path, threads, nbytes = "fake-moe", "fake", Path("fake.gguf"), 2, 1_234_000
@@ -101,6 +105,33 @@ class FakeModel:
         self.calls: list[tuple[int, list[int]]] = []
         self.before_call: Callable[[], None] = lambda: None
         self.closed = False
+        self.loading, self.residency_mode, self.loading_reason = Loading(), "mmap", "all of it fits"
+        self.trouble = ""
+        self.step_counts = Counts(
+            steps=1, tokens=1, chosen=8, hits=6, nbytes_read=5_000_000, waited_seconds=0.3, seconds=0.5
+        )
+        self.counted = Counts()
+        self.had_room: Room | None = None
+        self.chosen: np.ndarray | None = None
+
+    def change_loading(self, loading: Loading) -> None:
+        if self.trouble:
+            raise DeviceError(self.trouble)
+        self.loading = loading
+        self.residency_mode = "slots" if loading.mode == "auto" else loading.mode
+        self.loading_reason = f"{self.residency_mode}, as {loading.mode} says"
+
+    def counts(self) -> Counts:
+        return self.counted
+
+    def room(self) -> Room | None:
+        return self.had_room if self.residency_mode == "slots" else None
+
+    def uses(self) -> np.ndarray | None:
+        return self.chosen if self.residency_mode == "slots" else None
+
+    def cache_nbytes(self, tokens: int) -> int:
+        return 1000 * tokens
 
     @property
     def has_template(self) -> bool:
@@ -116,6 +147,8 @@ class FakeModel:
         del self.cached[position:]
         self.before_call()
         self.cached.extend(tokens)
+        if self.residency_mode == "slots":
+            self.counted += self.step_counts
         logits = np.zeros((1, VOCABULARY), np.float32)
         logits[0, self._next()] = 20
         return logits

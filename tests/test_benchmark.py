@@ -23,6 +23,7 @@ from localmoe.benchmark import machine, measure, peer, request, roofline, work
 from localmoe.benchmark.report import Bar, report_of_profiles, report_of_results
 from localmoe.cli import main
 from localmoe.errors import SettingError
+from localmoe.experts.loading import Loading
 from localmoe.kernels.cpu import limits
 from localmoe.kernels.cpu.build import assembly
 from localmoe.kernels.cpu.device import CpuDevice
@@ -100,6 +101,14 @@ def test_a_value_given_twice_is_measured_once() -> None:
     assert [(s.threads, s.lazy) for s in asked.settings] == [(2, "off"), (2, "auto")]
 
 
+def test_a_budget_is_for_the_modes_that_have_a_use_for_it() -> None:
+    asked = request.read_request("m", lazy="slots,mmap", memory="4GiB", expert_policy="lru")
+    assert [s.how["loading"] for s in asked.settings] == [
+        Loading("slots", memory=4 << 30, policy="lru"),
+        Loading("mmap", memory=4 << 30, policy="lru"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -109,7 +118,9 @@ def test_a_value_given_twice_is_measured_once() -> None:
         ({"generate": "²"}, "-n takes whole numbers"),
         ({"threads": "0"}, "--threads takes whole numbers from 1 on"),
         ({"kv": "f16,f8"}, "--kv takes f32, f16, q8_0.* not 'f8'"),
-        ({"lazy": "never"}, "--lazy takes auto, mmap, off"),
+        ({"lazy": "never"}, "--lazy takes auto, mmap, slots, off"),
+        ({"lazy": "mmap,off", "memory": "4GiB"}, "--memory is for --lazy slots or auto, not for --lazy mmap"),
+        ({"memory": "much"}, "--memory: a size is .*, not 'much'"),
     ],
 )
 def test_what_is_no_such_list_is_refused(how: dict[str, Any], words: str) -> None:

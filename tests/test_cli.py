@@ -18,6 +18,7 @@ from fakes import FakeModel
 import localmoe
 from localmoe.cli import main
 from localmoe.errors import FileFormatError
+from localmoe.experts.loading import Loading
 from localmoe.settings import SETTINGS
 
 TESTS = Path(__file__).parent
@@ -130,9 +131,91 @@ def test_chat_greets_talks_and_closes(
         "Hi there.",
         "",
     ]
-    how = {"context": 64, "threads": 2, "device": "cpu", "lazy": "off", "kv_format": "q8_0", "quantize": "q6_K"}
+    how = {
+        "context": 64,
+        "threads": 2,
+        "device": "cpu",
+        "lazy": Loading("off"),
+        "kv_format": "q8_0",
+        "quantize": "q6_K",
+    }
     assert model.opened == {"path": Path("x.gguf"), **how}
     assert model.closed
+
+
+@pytest.mark.parametrize("command", [["chat"], ["run", "-p", "hello"]])
+def test_loading_flags_reach_the_model_as_one_loading(
+    command: list[str], model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--lazy", "slots", "--memory", "8GiB", "--expert-cache", "6.5GB", "--expert-policy", "lru", "--lookahead"]
+    pipe_in(monkeypatch, "")
+    assert call(*command, "x.gguf", *flags) == 0
+    assert model.opened["lazy"] == Loading("slots", 8 << 30, 6_500_000_000, "lru", lookahead=True)
+
+
+@pytest.mark.parametrize("command", [["chat"], ["run", "-p", "hello"], ["bench"], ["perplexity"]])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lazy", "of"], "'of'"),
+        (["--memory", "8 gigs"], "--memory: a size is a number with"),
+        (["--expert-cache", "0"], "--expert-cache: a size is a number with"),
+        (["--expert-policy", "fifo"], "expert policy 'fifo' is not known; these are: lfru, lru, history"),
+        (["--lazy", "off", "--expert-cache", "2GiB"], "--expert-cache is for --lazy slots or auto, not for --lazy off"),
+        (["--lazy", "mmap", "--memory", "2GiB"], "--memory is for --lazy slots or auto, not for --lazy mmap"),
+        (["--lazy", "off", "--expert-policy", "lru"], "--expert-policy is for --lazy slots or auto"),
+        (["--lazy", "off", "--lookahead"], "--lookahead is for --lazy slots or auto"),
+        (["--lazy", "mmap", "--trace", "t"], "--trace is for --lazy slots or auto"),
+        (["--memory", "2GiB", "--expert-cache", "2GiB"], "--expert-cache 2GiB must be smaller than --memory 2GiB"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else None,
+)
+def test_loading_flags_that_cannot_be_are_one_line_and_2_before_anything_is_opened(
+    command: list[str],
+    flags: list[str],
+    told: str,
+    model: FakeModel,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("words")
+    more = [str(text)] if command == ["perplexity"] else []
+    assert call(*command, "x.gguf", *more, *flags) == 2
+    out, line = capsys.readouterr()
+    assert (out, line.count("\n"), told in line) == ("", 1, True), line
+    assert not hasattr(model, "opened")
+
+
+def test_a_trace_that_nobody_would_write_is_refused(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.loading = Loading(trace=Path("t"))
+    assert call("run", "x.gguf", "-p", "hello", "--trace", "t") == 2
+    assert "--trace writes what the routers choose, and nobody looks at that" in capsys.readouterr().err
+    assert model.closed
+
+
+@pytest.mark.parametrize(
+    ("asked", "runs", "told"),
+    [
+        ("auto", "mmap", ""),
+        ("off", "off", ""),
+        ("slots", "slots", "(why)"),
+        ("slots", "mmap", "(why)"),
+        ("auto", "slots", "(why)"),
+    ],
+)
+def test_chat_tells_why_weights_are_loaded_in_no_plain_way(
+    asked: str,
+    runs: str,
+    told: str,
+    model: FakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model.loading, model.residency_mode, model.loading_reason = Loading(asked), runs, "why"
+    pipe_in(monkeypatch, "")
+    assert call("chat", "x.gguf") == 0
+    assert capsys.readouterr().out.splitlines()[2] == told
 
 
 def test_chat_tells_which_recommendation_it_cannot_follow(

@@ -19,8 +19,9 @@ from tiny import Tiny
 from localmoe.arch.table import FAMILIES
 from localmoe.errors import UnsupportedError
 from localmoe.evaluation.own_pass import own_pass
+from localmoe.experts.loading import Loading
 from localmoe.inspection import program_table, report
-from localmoe.model import LAZY_MODES, Model, Network
+from localmoe.model import Model, Network
 from localmoe.repl.input import LineReader
 from localmoe.repl.loop import converse
 from localmoe.repl.render import Screen
@@ -92,8 +93,8 @@ def test_taken_back_and_gone_on_is_as_if_it_had_never_been(tiny: Tiny, tmp_path:
 def test_the_loading_mode_and_the_number_of_threads_leave_every_bit(tiny: Tiny, tmp_path: Path) -> None:
     path = written(tiny, tmp_path / "tiny.gguf")
     found = {}
-    for lazy, threads in [*((mode, 2) for mode in LAZY_MODES), ("auto", 1), ("auto", 3)]:
-        model = Model(path, lazy=lazy, threads=threads, context=64)
+    for lazy, threads in [("auto", 2), ("mmap", 2), ("off", 2), ("auto", 1), ("auto", 3)]:
+        model = Model(path, loading=Loading(lazy), threads=threads, context=64)
         found[lazy, threads] = [model.forward(IDS, 0, all_logits=True), model.forward(IDS[:1], len(IDS))]
         model.close()
     right = found["auto", 2]

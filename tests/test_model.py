@@ -275,7 +275,8 @@ def test_ids_outside_the_vocabulary_are_refused(model: LoadedModel, ids: list[in
     ("how", "kind", "says"),
     [
         ({"device": "tpu"}, DeviceError, "'tpu'.*cpu, reference"),
-        ({"lazy": "slots"}, SettingError, "'slots'.*auto, mmap, off"),
+        ({"lazy": "gpu"}, SettingError, "'gpu'.*auto, mmap, slots, off"),
+        ({"lazy": "off", "memory": "8GiB"}, SettingError, "--memory is for --lazy slots or auto, not for --lazy off"),
         ({"kv_format": "q4_0"}, SettingError, "'q4_0'.*f32, f16, q8_0"),
         ({"threads": 0}, SettingError, "0 threads.*1 to 256"),
         ({"threads": 257}, SettingError, "257 threads.*1 to 256"),

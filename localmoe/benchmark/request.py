@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from localmoe.errors import SettingError
+from localmoe.experts.loading import MODES, SLOTTED, Loading, read_loading
 from localmoe.formats import KV_FORMATS
-from localmoe.model import LAZY_MODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,13 @@ class Setting:
     lazy: str = "auto"
     device: str = "cpu"
     quantize: str | None = None
+    limits: Loading = field(default_factory=Loading)  # everything about loading but its mode
 
     @property
     def how(self) -> dict[str, Any]:
         """What `Model` is called with."""
-        shared = {"threads": self.threads, "lazy": self.lazy, "device": self.device, "quantize": self.quantize}
+        loading = replace(self.limits, mode=self.lazy)
+        shared = {"threads": self.threads, "loading": loading, "device": self.device, "quantize": self.quantize}
         return shared | {"kv_format": self.kv}
 
 
@@ -75,9 +77,11 @@ def read_request(
     device: str = "cpu",
     repeat: int = 5,
     quantize: str | None = None,
+    **limits: Any,
 ) -> Request:
     """Values with commas between; a `prompt` or `generate` of 0 leaves that test out, no `threads` means the physical
-    cores. Raises SettingError for what is no such list, and where nothing is asked for."""
+    cores. `limits` are those of `read_loading`, for the modes that have a use for them. Raises SettingError for what is
+    no such list, and where nothing is asked for."""
     sizes = {"pp": numbers("-p", prompt), "tg": numbers("-n", generate)}
     tests = [
         Test(kind, tokens, behind)
@@ -89,8 +93,9 @@ def read_request(
     if not tests:
         raise SettingError("bench has nothing to measure: give -p or -n a number above 0")
     counts: Sequence[int | None] = numbers("--threads", threads, least=1) if threads else [None]
-    formats, modes = words("--kv", kv, tuple(KV_FORMATS)), words("--lazy", lazy, LAZY_MODES)
-    settings = tuple(Setting(*chosen, device, quantize) for chosen in product(counts, formats, modes))
+    formats, modes = words("--kv", kv, tuple(KV_FORMATS)), words("--lazy", lazy, MODES)
+    loading = read_loading(next((mode for mode in modes if mode in SLOTTED), modes[0]), **limits)
+    settings = tuple(Setting(*chosen, device, quantize, loading) for chosen in product(counts, formats, modes))
     return Request(Path(path), tuple(tests), settings, repeat)
 
 

@@ -6,7 +6,7 @@ Imports nothing heavy at the top: `localmoe --help` and a mistyped flag should a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from localmoe.errors import SettingError
 from localmoe.settings import SETTINGS, SamplingSettings, is_whole
 
 if TYPE_CHECKING:
@@ -44,13 +45,6 @@ Threads = Annotated[
     typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores that are quick."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
-Lazy = Annotated[
-    str,
-    typer.Option(
-        "--lazy",
-        help="Loading: mmap (read weights when first used), auto (also ahead, if they fit) or off (all at start).",
-    ),
-]
 KeyValueFormat = Annotated[
     Literal["f32", "f16", "q8_0"],
     typer.Option("--kv", help="Format of the KV cache: f32, f16, or q8_0 (8 bits, about half the memory of f16)."),
@@ -62,33 +56,43 @@ Quantize = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+Flags = Mapping[str, tuple[Any, Any]]  # a parameter's name -> its annotation and its default
+
+
+def with_flags(command: Callable[..., None], flags: Flags, gathered: str) -> Callable[..., None]:
+    """Gives a command more flags, which reach it as one dict, its parameter `gathered`."""
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in flags.items()
+    ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: values.pop(name) for name in flags}
+        command(**values, **{gathered: given})
+
+    own = inspect.signature(command, eval_str=True)
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.name != gathered]
+    run.__signature__ = own.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
+    return run
+
+
 def with_sampling_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command a flag for each sampling setting; those given reach it as its last parameter, `sampling`."""
-    flags = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
+    """Gives a command a flag for each sampling setting; all reach it as `sampling`, those not given as None."""
+    flags = {
+        name: (
+            Annotated[
                 int | None if is_whole(name) else float | None,
                 typer.Option(
                     help=f"{setting.metadata['help']} (default {setting.default:g}{or_recommended(name)})",
                     rich_help_panel="Sampling",
                 ),
             ],
+            None,
         )
         for name, setting in SETTINGS.items()
-    ]
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        given = {name: values.pop(name) for name in SETTINGS}
-        command(**values, sampling={name: value for name, value in given.items() if value is not None})
-
-    own = inspect.signature(command, eval_str=True)
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "sampling"]
-    run.__signature__ = own.replace(parameters=[*parameters, *flags])  # type: ignore[attr-defined]
-    return run
+    }
+    return with_flags(command, flags, "sampling")
 
 
 def or_recommended(name: str) -> str:
@@ -107,6 +111,11 @@ def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
     with screen.progress(f"opening {path.name}") as bar:
         model = localmoe.load(path, progress=bar, **how)
     try:
+        if model.loading.trace and model.residency_mode != "slots":
+            raise SettingError(
+                f"--trace writes what the routers choose, and nobody looks at that where weights are loaded as "
+                f"{model.residency_mode}: --lazy slots does, for a mixture of experts on the cpu"
+            )
         yield model
     finally:
         model.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +13,6 @@ from localmoe.cli.command import (
     Context,
     DeviceName,
     KeyValueFormat,
-    Lazy,
     ModelArgument,
     ModelOrBundled,
     Quantize,
@@ -23,7 +23,9 @@ from localmoe.cli.command import (
     opened,
     with_sampling_flags,
 )
+from localmoe.cli.loading import with_loading_flags
 from localmoe.errors import SettingError
+from localmoe.experts.loading import read_loading
 from localmoe.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @with_sampling_flags
+@with_loading_flags
 def chat(
     model: ModelOrBundled = None,
     system: System = None,
@@ -41,10 +44,11 @@ def chat(
     context: Context = None,
     threads: Threads = None,
     device: DeviceName = "cpu",
-    lazy: Lazy = "auto",
     kv: KeyValueFormat = "f16",
     quantize: Quantize = None,
-    sampling: dict[str, float] | None = None,
+    *,
+    loading: dict[str, Any],
+    sampling: dict[str, float | None],
 ) -> None:
     """Talk to a model in the terminal."""
     from localmoe.repl.input import open_reader
@@ -53,8 +57,8 @@ def chat(
     from localmoe.repl.talk import Talk
 
     screen = Screen()
-    how = {"context": context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
-    with opened(screen, model, quantize=quantize, **how) as found:
+    how = {"context": context, "threads": threads, "device": device, "kv_format": kv}
+    with opened(screen, model, quantize=quantize, lazy=read_loading(**loading), **how) as found:
         session = open_session(found, template, system, sampling)
         greet(screen, found, session)
         converse(Talk(session, screen), open_reader(screen.is_terminal, session.prepare))
@@ -62,6 +66,7 @@ def chat(
 
 @app.command()
 @with_sampling_flags
+@with_loading_flags
 def run(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say; text piped in is added below it.")] = "",
@@ -71,10 +76,11 @@ def run(
     context: Context = None,
     threads: Threads = None,
     device: DeviceName = "cpu",
-    lazy: Lazy = "auto",
     kv: KeyValueFormat = "f16",
     quantize: Quantize = None,
-    sampling: dict[str, float] | None = None,
+    *,
+    loading: dict[str, Any],
+    sampling: dict[str, float | None],
 ) -> None:
     """Print one answer and nothing else."""
     from localmoe.repl.render import Screen
@@ -84,20 +90,23 @@ def run(
     if not text.strip():
         raise SettingError('run needs a prompt: -p "…", or text piped in')
     screen = Screen()
-    how = {"context": context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
-    with opened(screen, model, quantize=quantize, **how) as found:
+    how = {"context": context, "threads": threads, "device": device, "kv_format": kv}
+    with opened(screen, model, quantize=quantize, lazy=read_loading(**loading), **how) as found:
         if raw:
             complete(screen, found, text, settings_for(found, sampling))
         else:
             answer_once(screen, open_session(found, template, system, sampling), text.strip())
 
 
-def settings_for(model: Model, sampling: dict[str, float] | None) -> SamplingSettings:
+def settings_for(model: Model, sampling: Mapping[str, float | None]) -> SamplingSettings:
     """Defaults, then what the model recommends, then the flags."""
-    return SamplingSettings().changed(**model.recommended).changed(**(sampling or {}))
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return SamplingSettings().changed(**model.recommended).changed(**given)
 
 
-def open_session(model: Model, template: str | None, system: str | None, sampling: dict[str, float] | None) -> Session:
+def open_session(
+    model: Model, template: str | None, system: str | None, sampling: Mapping[str, float | None]
+) -> Session:
     from localmoe.session import Session, open_template
 
     chosen = open_template(model, template) if template else None
@@ -121,6 +130,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
         screen.notice(f"(the model was trained on {model.trained_context} tokens: beyond them its answers get worse)")
     if model.left_out:
         screen.notice(f"(text alone: left out are {model.left_out})")
+    if model.residency_mode == "slots" or model.loading.mode not in ("auto", model.residency_mode):
+        screen.notice(f"({model.loading_reason})")
     for entry in not_followed(model.metadata):
         screen.notice(f"(the model recommends {entry}, which is not implemented)")
     screen.line()

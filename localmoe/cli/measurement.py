@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from localmoe.cli.command import AsJson, DeviceName, ModelArgument, Quantize, app
+from localmoe.cli.loading import with_loading_flags
 from localmoe.errors import SettingError
 
 
 @app.command()
+@with_loading_flags
 def bench(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Prompts to read, in tokens; 0: none.")] = "512",
@@ -23,7 +25,6 @@ def bench(
         str, typer.Option("--threads", "-t", help="CPU threads; by default the physical cores that are quick.")
     ] = "",
     kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache: f32, f16, q8_0.")] = "f16",
-    lazy: Annotated[str, typer.Option("--lazy", help="Loading modes: auto, mmap, off.")] = "auto",
     device: DeviceName = "cpu",
     quantize: Quantize = None,
     ops: Annotated[
@@ -39,16 +40,18 @@ def bench(
     save: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Append tables and the machine's description to a file.")
     ] = None,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Measure speed, in tokens per second and in per cent of what this machine could reach.
 
-    Sizes, depths, threads and formats may be lists, such as -p 128,512; every combination is measured.
+    Sizes, depths, threads, formats and loading modes may be lists, such as -p 128,512; every combination is measured.
     """
     from localmoe.benchmark import chart, measure, peer, report, request, roofline
     from localmoe.repl.render import Screen
 
-    how = {"prompt": prompt, "generate": generate, "depth": depth, "threads": threads, "kv": kv, "lazy": lazy}
-    asked, screen = request.read_request(model, **how, device=device, repeat=repeat, quantize=quantize), Screen()
+    how = {"prompt": prompt, "generate": generate, "depth": depth, "threads": threads, "kv": kv, "device": device}
+    asked, screen = request.read_request(model, **how, **loading, repeat=repeat, quantize=quantize), Screen()
     if ops and against:
         raise SettingError("--ops looks into localmoe alone; leave --against out")
     with screen.progress("measuring") as bar:

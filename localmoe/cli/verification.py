@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli.command import AsJson, DeviceName, KeyValueFormat, Lazy, ModelArgument, Threads, app, opened
+from localmoe.cli.command import AsJson, DeviceName, KeyValueFormat, ModelArgument, Threads, app, opened
+from localmoe.cli.loading import with_loading_flags
+from localmoe.experts.loading import read_loading
 
 if TYPE_CHECKING:
     from localmoe.evaluation.perplexity import Request
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@with_loading_flags
 def perplexity(
     model: ModelArgument,
     file: Annotated[
@@ -40,9 +43,10 @@ def perplexity(
     ] = None,
     threads: Threads = None,
     device: DeviceName = "cpu",
-    lazy: Lazy = "auto",
     kv: KeyValueFormat = "f16",
     as_json: AsJson = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Say how well a model predicts a text, and how far its logits lie from another one's.
 
@@ -53,8 +57,8 @@ def perplexity(
 
     screen = Screen()
     asked = read_request(file, context=context, stride=stride, chunks=chunks, kl_base=kl_base)
-    how = {"context": asked.context, "threads": threads, "device": device, "lazy": lazy, "kv_format": kv}
-    with opened(screen, model, **how) as found:
+    how = {"context": asked.context, "threads": threads, "device": device, "kv_format": kv}
+    with opened(screen, model, lazy=read_loading(**loading), **how) as found:
         score_text(screen, found, asked, as_json)
 
 
