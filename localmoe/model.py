@@ -28,6 +28,7 @@ from localmoe.kernels.states import States
 from localmoe.loader.checkpoint import Checkpoint, summary
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
+from localmoe.loader.soundness import Soundness
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
 from localmoe.prefault import Prefault
@@ -109,6 +110,7 @@ class Model:
         not fit.
         """
         self.source = open_source(path)
+        self._soundness = Soundness(self.source.files)
         if quantize is None:
             self.network = Network(self.source)
         else:
@@ -132,6 +134,7 @@ class Model:
         self._prefault = Prefault(())
         self._plans: dict[tuple[int, bool], Plan] = {}
         self.change_loading(loading)
+        self._soundness.check()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -224,11 +227,14 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Built when first asked for. Raises TokenizerError."""
+        """Built when first asked for. Raises TokenizerError, and FileFormatError where the file has changed."""
         from localmoe.tokenizer import Tokenizer
 
+        self._soundness.begin()
         folder = self.source.tokenizer_folder
-        return Tokenizer.from_folder(folder) if folder else Tokenizer.from_gguf(self.metadata)
+        made = Tokenizer.from_folder(folder) if folder else Tokenizer.from_gguf(self.metadata)
+        self._soundness.check()
+        return made
 
     @property
     def has_template(self) -> bool:
@@ -272,7 +278,8 @@ class Model:
         One token by itself is a decoding step, whose inputs a device may round to 8 bits; as part of a `prompt` it runs
         as a chunk does, so that a prompt's bits do not depend on how it is cut or on what of it was cached. Where the
         recurrent states of that position are not kept, the tokens from the nearest ones on are run again (`resumes`).
-        Raises DeviceError beyond the context, SettingError for ids outside the vocabulary.
+        Raises DeviceError beyond the context, SettingError for ids outside the vocabulary, FileFormatError where a file
+        has changed since it was opened, ReadError where a part of it could not be read: of that step nothing is kept.
         """
         assert position <= len(self.cached), "a hole in the cache"
         ids = np.asarray(tokens, np.int64)
@@ -294,9 +301,12 @@ class Model:
         for start in range(0, ids.size, step):
             piece = ids[start : start + step].astype(np.int32)
             plan, at = self._plan(1 if decoding else step, all_rows=all_logits), position + start
-            slots, begun = self._states.begin(at, piece.size, marked=not decoding), perf_counter()
+            slots = self._states.begin(at, piece.size, marked=not decoding)
+            self._soundness.begin()
+            begun = perf_counter()
             pieces.append(plan.run(piece, at, slots))
             self._running.step(perf_counter() - begun)
+            self._soundness.check()
             self._states.finish(slots, at, piece.size)
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces) if all_logits else pieces[-1]
@@ -312,7 +322,9 @@ class Model:
         pieces = []
         for start in range(0, len(tokens), self.score_chunk):
             piece = np.asarray(tokens[start : start + self.score_chunk], np.int32)
+            self._soundness.begin()
             pieces.append(self._plan(self.score_chunk, all_rows=True).watch(piece, start, see))
+            self._soundness.check()
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces)
 
@@ -328,6 +340,7 @@ class Model:
         self._plans.clear()
         self._running.close()
         self.device.close()
+        self._soundness.close()
 
     def _plan(self, tokens: int, *, all_rows: bool) -> Plan:
         key = (tokens, all_rows)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from localmoe.benchmark.work import Bound, step_work
+from localmoe.experts.budget import Needed
 from localmoe.experts.choice import Choice, choose
 from localmoe.experts.hits import Expected, Shares, assumed_shares, even_shares, expected
 from localmoe.experts.pieces import pieces
 from localmoe.experts.probe import DiskSpeed, probe
 from localmoe.experts.sizes import Sizes
-from localmoe.inspection import Needed, Section, needed, parameters, readable_count
+from localmoe.inspection import Section, needed, parameters, readable_count
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.limits import Limits, Rates
 from localmoe.kernels.open import cache_format

@@ -129,7 +129,7 @@ def test_watching_a_text_sees_the_same_numbers(quantised: Path) -> None:
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(quantised: Path) -> None:
-    with pytest.raises(SettingError, match="memory are too few: .* need at least") as refused:
+    with pytest.raises(SettingError, match=r"memory are too few: .* need at least") as refused:
         Model(quantised, context=64, loading=Loading("slots", memory=1000))
     size, unit = str(refused.value).rsplit(" ", 2)[1:]
     assert unit == "MB"

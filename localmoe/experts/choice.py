@@ -9,7 +9,7 @@ from localmoe.experts.sizes import Sizes
 from localmoe.memory import readable_size
 
 # Of the memory may be a model that the page cache keeps: near the limit a page cache drops what is wanted next.
-COMFORTABLE = 0.75
+COMFORTABLE = 0.9
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,10 @@ from localmoe.experts.choice import choose
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
 from localmoe.experts.mapped import MappedExperts
+from localmoe.experts.pieces import pieces
 from localmoe.experts.policies import policy_of
 from localmoe.experts.pressure import Pressure
+from localmoe.experts.probe import probe
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.slots import SlotExperts, least_room
 from localmoe.experts.telemetry import Counts, Room
@@ -77,9 +79,11 @@ def settle(
     ops = expert_ops(program)
     small = SMALL * sizes.weights < budget and loading.mode != "slots"
     beside = 0 if small else needed()  # which takes a moment, and small models should start at once
-    mode, why = loading.mode, "as asked"
+    mode, why, disk = loading.mode, "as asked", None
     if mode == "auto":
         choice = choose(sizes, beside, budget, promised=loading.memory is not None)
+        if choice.mode == "slots" and (disk := probe(pieces(weight for op in ops for weight in op.matrices))):
+            choice = replace(choice, why=f"{choice.why}; disk {readable_size(disk.best.nbytes_per_second)}/s")
         mode, why = choice.mode, choice.why
     fits = sizes.weights + beside <= budget
     how = (mode, why, fits, sizes, budget, beside)
@@ -93,6 +97,7 @@ def settle(
             room,
             policy_of(loading.policy),
             history,
+            direct=disk is None or disk.way == "direct",
             lookahead=loading.lookahead,
             trace=_trace(loading, source, ops),
         )

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from localmoe.errors import FileFormatError
+from localmoe.errors import FileFormatError, ReadError
+from localmoe.guard import map_over
 
 
 class Identity(NamedTuple):
@@ -54,7 +55,7 @@ class MappedFile:
         return cls(path, os.path.realpath(path), data, address, len(data), identity)
 
     def check(self) -> None:
-        """Raises FileFormatError where the mapped file was cut or written to since it was opened; 3 µs.
+        """Raises FileFormatError where the mapped file was cut or written to since it was opened; 2 µs.
 
         A file that was deleted, or replaced by another one under its name, is still mapped as it was.
         """
@@ -62,11 +63,24 @@ class MappedFile:
         if size != self.identity.size:
             raise self.changed(f"size {self.identity.size}, now {size}")
         try:
-            found = Identity.of(os.stat(self.place))
+            found = os.stat(self.place)
         except OSError:
             return
-        if found[:2] == self.identity[:2] and found.changed != self.identity.changed:
+        device, inode, _, changed = self.identity
+        if found.st_mtime_ns != changed and found.st_ino == inode and found.st_dev == device:
             raise self.changed("written to")
+
+    def map_again(self) -> None:
+        """The file in its place in memory once more, where faults have left zeros (`guard.py`). Raises FileFormatError
+        where it has changed, ReadError where it cannot be opened."""
+        self.check()
+        try:
+            with open(self.place, "rb") as file:
+                if Identity.of(os.fstat(file.fileno())) != self.identity:
+                    raise self.changed("another file has its name")
+                map_over(self.address, self.nbytes, file.fileno())
+        except OSError as error:
+            raise ReadError(f"{self.path}: cannot be opened again for reading ({error.strerror})") from None
 
     def changed(self, how: str) -> FileFormatError:
         return FileFormatError(f"{self.path}: changed while it was in use ({how}): open it again")
