@@ -54,11 +54,20 @@ def flag(parameter: Any) -> tuple[str, str]:
     return written, (parameter.help or "") + default
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name, those of groups with the group's name before."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
 def sections() -> Iterator[str]:
     group = typer.main.get_command(app)
     yield HEAD
     yield f"{group.help}\n\n" + table(("flag", ""), map(flag, group.params))
-    for name, command in group.commands.items():
+    for name, command in commands(group):
         usual = [p for p in command.params if p.name not in SETTINGS]
         sampling = "\nand the [sampling flags](#sampling).\n" if len(usual) < len(command.params) else ""
         yield f"## localmoe {name}\n\n{command.help}\n\n" + table(("flag", ""), map(flag, usual)) + sampling

@@ -178,8 +178,8 @@ def replay(
     policies: Mapping[str, Policy] = POLICIES,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Of each policy, and of the bound, for each size: a share of the bytes of all experts. Raises SettingError for a
-    trace of less than two steps."""
+    """Of each policy, and of the bound, for each size: a share of the bytes of all experts. Sizes that come to the same
+    number of slots count once. Raises SettingError for a trace of less than two steps."""
     header = trace.header
     earlier, later = halves(trace)
     learned = np.zeros((header.layers, header.experts))
@@ -192,7 +192,7 @@ def replay(
     for done, (name, judge) in enumerate(judges.items()):
         if progress:
             progress(f"replaying {name}", done, len(judges))
-        caches = [cache_of(header, size) for size in sizes]
+        caches = list({cache.nbytes: cache for cache in (cache_of(header, size) for size in sizes)}.values())
         run(later, header, caches, judge)
         results += [Result(name, cache.nbytes, cache.counts(True), cache.counts(False)) for cache in caches]
     return results
