@@ -114,6 +114,7 @@ class Model:
                 self.network = Network(self.source)  # which asks for every tensor
         self.path = self.source.path
         self.context = self._fitting_context(context, kv_format)
+        self.kv_format = kv_format
         self.chunk = min(CHUNK, self.context)
         if loading.mode == "off":
             read_all(self.source, progress)
@@ -141,6 +142,11 @@ class Model:
     def nbytes(self) -> int:
         """Bytes of the weight files."""
         return self.source.nbytes
+
+    def cache_nbytes(self, tokens: int) -> int:
+        """Bytes of the KV cache that so many tokens fill, with the recurrent states, which do not grow."""
+        program = self.network.program(1)
+        return tokens * program.cache_nbytes(cache_format(self.kv_format)) + program.state_slots * program.state_nbytes
 
     @property
     def trained_context(self) -> int:
