@@ -207,7 +207,7 @@ def test_stats_tell_what_became_of_the_experts() -> None:
     told = chat("hello", "/stats", model=model).splitlines()
     assert [line.split("  ")[0] for line in told[2:]] == ["prompt", "reading", "", "answer", "", "context"]
     each = "hit 75 % · {} · read 50 % compute 50 % · guesses 75 % right"
-    assert told[4].split() == each.format("714 kB/token").split()
+    assert told[4].split() == each.format("625 kB/token").split()
     assert told[6].split() == each.format("5 MB/token").split()
 
 

@@ -91,12 +91,11 @@ def figures(counts: Counts) -> list[str]:
     """What experts cost, in short phrases, the most telling first; none where nobody counted."""
     if not counts.chosen:
         return []
-    nbytes = counts.nbytes_read / counts.tokens if counts.tokens else 0
+    nbytes, share = counts.nbytes_per_token, 100 * counts.reading_share
     each = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 or not nbytes else readable_size(nbytes)
     told = [f"hit {100 * counts.hit_rate:.0f} %", f"{each}/token"]
     if counts.seconds > 0:
-        share = min(counts.waited_seconds / counts.seconds, 1)
-        told.append(f"read {100 * share:.0f} % compute {100 - round(100 * share)} %")
+        told.append(f"read {share:.0f} % compute {100 - round(share)} %")
     return told
 
 
