@@ -509,7 +509,7 @@ def test_json_says_what_became_of_the_experts_in_all_rounds(file: Path, capsys: 
 
 @pytest.mark.usefixtures("counting")
 def test_steps_that_wait_for_reads_are_not_looked_into(file: Path) -> None:
-    with pytest.raises(SettingError, match="--ops is for weights that are all in memory"):
+    with pytest.raises(SettingError, match="--ops is for steps that never wait for reads"):
         roofline.run(request.read_request(file, generate="1", prompt="0"))
 
 

@@ -70,9 +70,7 @@ def run(request: Request, progress: Progress | None = None) -> Profiles:
             if not isinstance(device, CpuDevice):
                 raise SettingError(f"--ops is for the cpu device; {device.name!r} has no tape")
             if model.residency_mode == "slots":
-                raise SettingError(
-                    "--ops is for weights that are all in memory: --lazy slots has steps that wait for reads"
-                )
+                raise SettingError("--ops is for steps that never wait for reads, as those of --lazy slots do")
             limits = Limits(device)
             for step in steps(request, model.chunk):
                 rows, whole = profiled(model, device, limits, step, setting.kv, request.repeat, progress)
