@@ -105,33 +105,39 @@ class Subject:
         self.setting = replace(setting, threads=self.model.threads)
         device = self.model.device
         # What the limits are measured with would not fit the budget of memory that slots keep to.
-        bounded = self.model.residency_mode == "slots"
-        self.limits = Limits(device, data) if isinstance(device, CpuDevice) and not bounded else None
+        self.slotted = self.model.residency_mode == "slots"
+        self.limits = Limits(device, data) if isinstance(device, CpuDevice) and not self.slotted else None
         self.program = self.model.network.program(2)
-        vocabulary = self.model.network.config.vocabulary
         self.experts = Counts()  # of the last test that was measured
-        self.ids: list[int] = np.random.default_rng(0).integers(0, vocabulary, request.context).tolist()
+        self._random = np.random.default_rng(0)
+        self.ids = self._tokens(request.context)
 
     def tokens_per_second(self, test: Test) -> float:
         """The cache is filled up to the test's depth before the clock starts, and one token is generated: measuring the
         limits has put other bytes into the processor's caches (llama-bench warms up before each run as well)."""
         model, first, last = self.model, test.depth, test.depth + test.tokens
+        # The same tokens once more would choose experts that are in memory from the last time.
+        ids = [*self.ids[:first], *self._tokens(test.tokens)] if self.slotted else self.ids
         if len(model.cached) < first:
             model.forward(self.ids[len(model.cached) : first], len(model.cached), prompt=True)
         behind = model.cached[last:]
-        model.forward(self.ids[first : first + 1], first)
+        model.forward(ids[first : first + 1], first)
         if (resumed := model.resumes(first)) < first:
-            model.forward(self.ids[resumed:first], resumed, prompt=True)
+            model.forward(ids[resumed:first], resumed, prompt=True)
         counted, start = model.counts(), perf_counter()
         if test.kind == "pp":
-            model.forward(self.ids[first:last], first, prompt=True)
+            model.forward(ids[first:last], first, prompt=True)
         else:
             for position in range(first, last):
-                model.forward(self.ids[position : position + 1], position)
+                model.forward(ids[position : position + 1], position)
         seconds = perf_counter() - start
         self.experts = model.counts() - counted
         model.cached.extend(behind)  # the same tokens stand before them as when they were cached: no need to refill
         return test.tokens / seconds
+
+    def _tokens(self, number: int) -> list[int]:
+        found: list[int] = self._random.integers(0, self.model.network.config.vocabulary, number).tolist()
+        return found
 
     def bound(self, test: Test) -> Bound | None:
         """The limit as it is now."""

@@ -83,15 +83,18 @@ def report_of_results(results: Results) -> Report:
     varied = _varied(results)
     versus = any(series.engine != OURS for series in results.series)
     better = {id(ratio.series) for ours in results.series if (ratio := results.ratio(ours))}
-    header = ("test", *varied, *(("engine",) if versus else ()), "tokens/s", "range", "± MAD", "of the limit")
+    header = ("test", *varied, *(("engine",) if versus else ()), "tokens/s", "range", "± MAD")
     counted = any(series.experts.chosen for series in results.series)
-    header += ("limits seen", *(("hit rate", "GB/token", "reading") if counted else ()))
+    measured = not counted or any(series.bounds for series in results.series)
+    header += ("of the limit", "limits seen") if measured else ()
+    header += ("hits", "GB/token", "reading") if counted else ()
     header += ("ratio",) if versus else ()
     rows: Rows = []
     for series in results.series:
         row = [series.test.name, *(str(getattr(series.setting, key)) for key in varied)]
         row += [series.engine] if versus else []
-        row += [_number(series.median), _range(series.samples), _number(series.deviation), *_limits(series)]
+        row += [_number(series.median), _range(series.samples), _number(series.deviation)]
+        row += _limits(series) if measured else []
         row += _experts(series.experts) if counted else []
         if versus:
             ratio = results.ratio(series)
