@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmoe.errors import SettingError
+from localmoe.experts.loading import Loading
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.replay import BOUND, Follower, Oracle, Result, cache_of, event_of, halves, replay, run
 from localmoe.experts.trace import Header, Trace
@@ -186,3 +187,18 @@ def test_the_halves_part_between_steps() -> None:
 def test_a_trace_of_one_step_cannot_be_replayed() -> None:
     with pytest.raises(SettingError, match="at least 2"):
         replay(trace_of(header_of(), decoded([0])))
+
+
+def test_the_default_is_within_a_tenth_of_the_best_policy_at_every_size() -> None:
+    random = np.random.default_rng(5)
+    L, E, k = 4, 32, 4
+    weights = np.stack([random.permutation(1 / np.arange(1, E + 1)) for _ in range(2 * L)]).reshape(2, L, E)
+    steps = []
+    for step in range(600):  # two topics by turns, each with its own favourites
+        topic = weights[step // 60 % 2]
+        steps.append([[random.choice(E, k, replace=False, p=p / p.sum()).tolist()] for p in topic])
+    results = replay(trace_of(header_of(L, E, k), steps))
+    for nbytes in {result.nbytes for result in results}:
+        hits = {r.policy: r.decoded.hits for r in results if r.nbytes == nbytes}
+        assert hits[Loading().policy] >= 0.9 * max(hits[name] for name in POLICIES)
+        assert hits[BOUND] >= max(hits.values())
