@@ -2,8 +2,8 @@
 
     python bench/routing.py MODEL TEXT OUT.jsonl [--tokens 4096] [--window 512] [--steps 256,128,64,128]
 
-`--steps`: the text is cut into a prompt of so many tokens, so many decoded one by one, a prompt …, over and over; without
-it every token is a step. What a token chooses does not depend on how the text is cut.
+`--steps`: the text is cut into a prompt of so many tokens, so many decoded one by one, a prompt …, over and over;
+without it every token is a step. What a token chooses does not depend on how the text is cut.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_60_layers_of_256_experts_in_40_columns() -> None:
 
 def test_experts_that_share_a_cell_show_their_mean() -> None:
     uses = np.zeros((1, 8), np.int64)
-    uses[0, :2] = 4  # four times the mean each, and both in one of four cells
+    uses[0, 0] = 9  # eight times the mean, in the first of four cells of two experts
     assert rows(uses, 6)[1] == "0 ▓   "
 
 

@@ -71,7 +71,8 @@ def test_lru_lets_go_what_was_chosen_longest_ago_layer_by_layer() -> None:
     history = lived([[(0,), (3,)], [(1,), (2,)]])
     never = [(0, 2), (0, 3), (1, 0), (1, 1)]
     assert sorted(ascending(history, "lru")[:4]) == never
-    assert ascending(history, "lru")[4:] == [(0, 0), (1, 3), (0, 1), (1, 2)]
+    order = [(0, 0), (1, 3), (0, 1), (1, 2)]
+    assert (np.diff([POLICIES["lru"](history)[place] for place in order]) > 0).all()
 
 
 def test_lfru_keeps_the_frequent_before_the_recent() -> None:
@@ -104,8 +105,8 @@ def test_history_pins_the_most_used_of_earlier_sessions() -> None:
 
 
 def test_history_lets_the_less_used_of_the_pinned_go_first() -> None:
-    history = lived([[(0,)]] * 9, experts=8, prior=[[0.0, 0.4, 0.5, 0.1, 0, 0, 0, 0]])
-    assert ascending(history, "history")[-3:] == [(0, 0), (0, 1), (0, 2)]
+    history = lived([[(0,)]] * 9, experts=8, prior=[[0.0, 0.5, 0.4, 0.1, 0, 0, 0, 0]])
+    assert ascending(history, "history")[-3:] == [(0, 0), (0, 2), (0, 1)]
 
 
 def test_history_without_earlier_sessions_is_lru() -> None:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmoe.errors import SettingError
+from localmoe.experts.loading import Loading
 from localmoe.experts.policies import POLICIES
-from localmoe.experts.replay import BOUND, Follower, Oracle, Result, cache_of, event_of, halves, replay, run
+from localmoe.experts.replay import BOUND, Follower, Oracle, Pool, Result, cache_of, event_of, halves, replay, run
 from localmoe.experts.trace import Header, Trace
 from tests.traces import decoded, header_of, trace_of
 
@@ -82,27 +83,33 @@ def test_a_layer_uses_the_slots_that_another_does_not_need() -> None:
 
 
 def chunked(*chunk: int) -> Trace:
-    """Two layers of 8 experts: both decode expert 7, then the first reads a chunk, then both decode 7 again."""
-    header = header_of(layers=2, experts=8)
+    """Two layers of 24 experts: both decode expert 7, then the first reads a chunk, then both decode 7 again."""
     talk = [[[[7]], [[7]]]] * 3
-    return trace_of(header, [*talk * 2, *talk, [[[i] for i in chunk], [[7]] * len(chunk)], *talk])
+    return trace_of(header_of(2, 24), [*talk * 2, *talk, [[[i] for i in chunk], [[7]] * len(chunk)], *talk])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_long_prompt_costs_a_layer_its_own_slots_alone(policy: str) -> None:
-    for slots in (2, 3, 4):
-        results = replay(chunked(0, 1, 2, 3, 4, 5, 6), [slots / 16])
-        found = next(r for r in results if r.policy == policy)
-        after = found.decoded.hits - 4  # the second and third token before the chunk
-        assert after >= 5  # layer 1 lost nothing, layer 0 one expert at most
-        assert found.prompts.hits == 1
+@pytest.mark.parametrize("slots", [8, 11, 16])
+def test_a_long_prompt_leaves_other_layers_as_they_were(policy: str, slots: int) -> None:
+    found = next(r for r in replay(chunked(*range(8, 24)), [slots / 48]) if r.policy == policy)
+    assert found.prompts.hits == 1  # of layer 1
+    assert found.decoded.hits - 4 >= 5  # behind the chunk: all of layer 1, and all but the first of layer 0
 
 
 def test_a_chunk_keeps_the_best_of_its_layer() -> None:
-    trace = chunked(0, 1, 2, 7, 7, 3, 4)
-    found = next(r for r in replay(trace, [4 / 16]) if r.policy == "lfru")
+    found = next(r for r in replay(chunked(0, 1, 2, 7, 7, *range(8, 20)), [8 / 48]) if r.policy == "lfru")
     assert found.prompts.hits == 2  # 7 in both layers
     assert found.decoded.hits == 4 + 6
+
+
+def test_a_layer_without_its_share_takes_from_those_that_have_more() -> None:
+    pool = Pool(8, 2, np.zeros((3, 10), bool))
+    pool.take(np.array([0, 1, 2, 3, 4, 5, 10, 11]))  # six of layer 0, two of layer 1
+    scores = np.arange(30.0)
+    scores[10:12] = -1  # the lowest, of a layer within its share
+    pool.serve_chunk(2, np.arange(20, 29), scores)
+    assert np.flatnonzero(pool.held).tolist() == [2, 3, 4, 5, 10, 11, 27, 28]
+    assert pool.filled == 8
 
 
 def test_an_expert_of_several_tokens_counts_once() -> None:
@@ -173,7 +180,7 @@ def test_a_pool_holds_what_it_says(trace: Trace, size: float, policy: str) -> No
         run([event], header, [found], judge)
         pool = found.pools[event.layer]
         assert pool.filled == pool.held.sum() <= pool.slots
-        assert event.tokens > 1 or pool.held[event.places].all()
+        assert event.tokens > 1 or pool.there(event.places).all()
 
 
 def test_the_halves_part_between_steps() -> None:
@@ -186,3 +193,18 @@ def test_the_halves_part_between_steps() -> None:
 def test_a_trace_of_one_step_cannot_be_replayed() -> None:
     with pytest.raises(SettingError, match="at least 2"):
         replay(trace_of(header_of(), decoded([0])))
+
+
+def test_the_default_is_within_a_tenth_of_the_best_policy_at_every_size() -> None:
+    random = np.random.default_rng(5)
+    L, E, k = 4, 32, 4
+    weights = np.stack([random.permutation(1 / np.arange(1, E + 1)) for _ in range(2 * L)]).reshape(2, L, E)
+    steps = []
+    for step in range(600):  # two topics by turns, each with its own favourites
+        topic = weights[step // 60 % 2]
+        steps.append([[random.choice(E, k, replace=False, p=p / p.sum()).tolist()] for p in topic])
+    results = replay(trace_of(header_of(L, E, k), steps))
+    for nbytes in {result.nbytes for result in results}:
+        hits = {r.policy: r.decoded.hits for r in results if r.nbytes == nbytes}
+        assert hits[Loading().policy] >= 0.9 * max(hits[name] for name in POLICIES)
+        assert hits[BOUND] >= max(hits.values())

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from localmoe.experts.history import Counts, Scores
 
@@ -97,9 +96,10 @@ def busiest(uses: Counts, count: int = NAMED) -> list[tuple[int, int, float]]:
     return [(layer, expert, float(relative[layer, expert])) for layer, expert in found if relative[layer, expert] > 0]
 
 
-def idle(uses: Counts) -> npt.NDArray[np.int64]:
+def idle(uses: Counts) -> Counts:
     """Experts that were never chosen: how many, layer by layer, (L,)."""
-    return np.count_nonzero(uses == 0, axis=1)
+    never: Counts = np.count_nonzero(uses == 0, axis=1)
+    return never
 
 
 def facts(uses: Counts, blocks: Sequence[int] | None = None) -> list[tuple[str, str]]:

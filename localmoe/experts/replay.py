@@ -1,8 +1,8 @@
 """What each policy would have kept, reckoned from a trace, beside the best that was possible; reads no weights.
 
 The rules are the store's. Layers whose experts have one size share the slots of one pool. What a decoded token chose
-stays while its layer runs. A chunk of a prompt chooses most experts of a layer once: room for one comes first from the
-layer's own that are done, so that a long prompt costs a layer no more than its own slots.
+stays while its layer runs. A chunk of a prompt chooses most experts of a layer once: a layer that has its share of the
+slots makes room from its own, one that has less from those that have more, so that a long prompt leaves most as it was.
 
 Policies are compared on the second half of a trace, from an empty cache; the first half is their earlier session.
 Belady's bound (IBM Systems Journal 5, 1966) lets go what will be needed last, and is not held to the rule for prompts.
@@ -28,6 +28,7 @@ from localmoe.kernels.program import Progress
 Places = npt.NDArray[np.intp]  # experts of all layers, counted through: layer · E + id
 
 BOUND = "belady"
+PASSAGE = 4  # slots that a layer may fill at least while it reads a prompt
 SIZES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.75)  # of the bytes of all experts
 
 
@@ -110,46 +111,52 @@ class Oracle:
 
 @dataclass(slots=True)
 class Pool:
-    """Slots that some layers share."""
+    """Slots of some layers: `share` of them are a layer's while it reads a prompt."""
 
     slots: int
-    held: npt.NDArray[np.bool_]  # (L · E,) of all layers
+    share: int
+    held: npt.NDArray[np.bool_]  # (L, E) of all layers
     filled: int = 0
 
+    def there(self, places: Places) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = self.held.reshape(-1)[places]
+        return found
+
     def take(self, missing: Places) -> None:
-        self.held[missing] = True
+        self.held.reshape(-1)[missing] = True
         self.filled += len(missing)
 
     def let_go(self, candidates: Places, scores: Scores, count: int) -> None:
         """The `count` candidates with the lowest scores."""
-        self.held[candidates[np.argpartition(scores[candidates], count - 1)[:count]]] = False
+        self.held.reshape(-1)[candidates[np.argpartition(scores[candidates], count - 1)[:count]]] = False
         self.filled -= count
 
     def serve_token(self, places: Places, missing: Places, scores: Scores) -> None:
         """All that a token chose in one layer is held together."""
         self.take(missing)
         if self.filled > self.slots:
-            self.held[places] = False
-            others = np.flatnonzero(self.held)
-            self.held[places] = True
-            self.let_go(others, scores, self.filled - self.slots)
+            others = self.held.copy()
+            others.reshape(-1)[places] = False
+            self.let_go(np.flatnonzero(others), scores, self.filled - self.slots)
 
-    def serve_chunk(self, places: Places, missing: Places, scores: Scores) -> None:
-        """Each is held while it is multiplied: the room that the layer has then keeps its best, and the one read last.
+    def serve_chunk(self, layer: int, missing: Places, scores: Scores) -> None:
+        """One is read after the other, and the lowest that the layer has goes: its best stay, and the one read last."""
+        room = min(len(missing), self.slots - self.filled)
+        while room < len(missing) and self.held[layer].sum() + room < self.share:
+            self.let_go(self._beyond_share(), scores, 1)
+            room += 1
+        own = np.flatnonzero(self.held[layer]) + layer * self.held.shape[1]
+        rest, last = np.concatenate((own, missing[:-1])), missing[-1]
+        best = rest[np.argsort(scores[rest], kind="stable")[len(rest) - (len(own) + room - 1) :]]
+        self.held[layer] = False
+        self.filled -= len(own)
+        self.take(np.append(best, last))
 
-        That is what remains when each that is read takes the place of the lowest that is done.
-        """
-        done = places[self.held[places]]
-        room = min(len(places), len(done) + self.slots - self.filled)
-        if room == 0:
-            self.let_go(np.flatnonzero(self.held), scores, 1)
-            room = 1
-        last = missing[scores[missing].argmax()]
-        rest = places[places != last]
-        best = rest[np.argsort(scores[rest], kind="stable")[len(rest) - room + 1 :]]
-        self.held[places] = False
-        self.held[best] = self.held[last] = True
-        self.filled += room - len(done)
+    def _beyond_share(self) -> Places:
+        """The experts of layers that have more than their share; all where no layer has."""
+        counts = self.held.sum(axis=1, keepdims=True)
+        beyond = np.flatnonzero(self.held & (counts > self.share))
+        return beyond if beyond.size else np.flatnonzero(self.held)
 
     def serve_freely(self, missing: Places, scores: Scores) -> None:
         """The best of everything is held."""
@@ -217,9 +224,10 @@ def cache_of(header: Header, size: float) -> Cache:
     """Each pool has the same share of its experts, and at least as many slots as a token needs in one layer."""
     pools = {}
     for nbytes in set(header.expert_nbytes):
-        count = header.expert_nbytes.count(nbytes) * header.experts
-        slots = max(header.used, min(count, round(size * count)))
-        pools[nbytes] = Pool(slots, np.zeros(header.layers * header.experts, bool))
+        layers = header.expert_nbytes.count(nbytes)
+        slots = max(header.used, min(layers * header.experts, round(size * layers * header.experts)))
+        share = max(slots // layers, min(PASSAGE, slots))
+        pools[nbytes] = Pool(slots, share, np.zeros((header.layers, header.experts), bool))
     total = sum(nbytes * pool.slots for nbytes, pool in pools.items())
     return Cache(total, [pools[nbytes] for nbytes in header.expert_nbytes])
 
@@ -234,7 +242,7 @@ def run(events: Sequence[Event], header: Header, caches: Sequence[Cache], judge:
         decoded, chosen = event.tokens == 1, len(event.places)
         for cache in caches:
             pool = cache.pools[event.layer]
-            missing = event.places[~pool.held[event.places]]
+            missing = event.places[~pool.there(event.places)]
             hits, read = chosen - len(missing), len(missing) * header.expert_nbytes[event.layer]
             cache.tallies[decoded] += (begins, event.tokens * begins, chosen, hits, read)
             if not len(missing):
@@ -244,4 +252,4 @@ def run(events: Sequence[Event], header: Header, caches: Sequence[Cache], judge:
             elif judge.free:
                 pool.serve_freely(missing, scores)
             else:
-                pool.serve_chunk(event.places, missing, scores)
+                pool.serve_chunk(event.layer, missing, scores)
