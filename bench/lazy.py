@@ -3,8 +3,8 @@
     python bench/lazy.py MODEL [--sizes 6GB,4GB,2GB,1GB] [--modes auto,slots,mmap] [--peer llama-bench] [--rounds 2]
     python bench/lazy.py MODEL --fits      what pausing behind routers costs when everything is in memory
 
-Needs root, Linux with cgroups, and a disk: the page cache is dropped before every run. Sizes are limits of the group, and
-our budget is 97 % of them. Prints a line for each run, then a table, then JSON.
+Needs root, Linux with cgroups, and a disk: the page cache is dropped before every run. Sizes are limits of the group,
+and our budget is 97 % of them. Prints a line for each run, then a table, then JSON.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def child(path: str, mode: str, memory: int, tokens: int) -> dict[str, Any]:
 
     begun = time.perf_counter()
     budget = memory if mode != "mmap" else None
-    model = Model(path, threads=2, context=512, loading=Loading(mode, memory=budget))
+    model = Model(path, threads=2, context=512, loading=Loading(mode, memory=budget, learned=False))
     opened = time.perf_counter() - begun
     ids = np.random.default_rng(1).integers(0, model.network.config.vocabulary, tokens + 1).tolist()
     model.forward(ids[:1], 0)
@@ -120,7 +120,9 @@ def peer(binary: str, path: str, limit: int, tokens: int) -> dict[str, Any]:
     group = Group(limit)
     drop_caches()
     try:
-        text, code = group.run([binary, "-m", path, "-t", "2", "-p", "0", "-n", str(tokens), "-r", "1", "-o", "json"])
+        text, code = group.run(
+            [binary, "-m", path, "-t", "2", "-p", "0", "-n", str(tokens), "-r", "1", "-o", "json", "--repack", "0"]
+        )
         found = {"tokens_per_second": json.loads(text)[0]["avg_ts"]} if code == 0 else {"failed": code}
         return {**found, "peak": group.peak(), "killed": group.killed()}
     finally:
@@ -146,7 +148,9 @@ def fits(path: str, rounds: int, tokens: int) -> None:
     from localmoe.experts.loading import Loading
     from localmoe.model import Model
 
-    models = {mode: Model(path, threads=2, context=512, loading=Loading(mode)) for mode in ("off", "slots")}
+    models = {
+        mode: Model(path, threads=2, context=512, loading=Loading(mode, learned=False)) for mode in ("off", "slots")
+    }
     ids = np.random.default_rng(1).integers(0, 32000, 400).tolist()
     for model in models.values():
         for start in range(0, 400, 50):
@@ -176,7 +180,7 @@ def main() -> None:
     ask.add_argument("--peer")
     ask.add_argument("--rounds", type=int, default=2)
     ask.add_argument("--tokens", type=int, default=48)
-    ask.add_argument("--peer-tokens", type=int, default=16)
+    ask.add_argument("--peer-tokens", type=int)
     ask.add_argument("--fits", action="store_true")
     asked = ask.parse_args()
     if asked.child:
@@ -192,11 +196,13 @@ def main() -> None:
     for turn in range(asked.rounds):
         for size in asked.sizes.split(","):
             limit, disk = parse_size(size), disk_speed(asked.model)
-            runs = [(mode, lambda m=mode: ours(asked.model, m, limit, asked.tokens)) for mode in asked.modes.split(",")]
-            if asked.peer:
-                runs.append(("llama.cpp", lambda: peer(asked.peer, asked.model, limit, asked.peer_tokens)))
-            for name, run in runs if turn % 2 == 0 else reversed(runs):
-                result = {**run(), "disk": disk, "limit": limit}
+            names = [*asked.modes.split(","), *(["llama.cpp"] if asked.peer else [])]
+            for name in names if turn % 2 == 0 else reversed(names):
+                if name == "llama.cpp":
+                    result = peer(asked.peer, asked.model, limit, asked.peer_tokens or asked.tokens)
+                else:
+                    result = ours(asked.model, name, limit, asked.tokens)
+                result |= {"disk": disk, "limit": limit}
                 found[size, name].append(result)
                 print(size, name, json.dumps(result), flush=True)
     print(

@@ -20,6 +20,7 @@ from localmoe.experts.loading import Loading
 from localmoe.experts.residence import Residence, expert_ops, settle
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
+from localmoe.experts.usage import Usage
 from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.ops import Ops, trace
@@ -128,10 +129,10 @@ class Model:
         self.device: Device = open_device(
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
-        self._history = self._fresh_history()
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._states = States(self.network.program(1).state_slots)
         self._residence: Residence | None = None
+        self._learned = loading.learned
         self._prefault = Prefault(())
         self._plans: dict[tuple[int, bool], Plan] = {}
         self.change_loading(loading)
@@ -182,10 +183,9 @@ class Model:
     def change_loading(self, loading: Loading) -> None:
         """Load in another way from now on; what stands in the KV cache stays. Raises LocalMoeError: then the old way
         goes on."""
-        before = self._residence
-        program = self.network.program(1)
+        before, program = self._residence, self.network.program(1)
         sizes = Sizes.of(self.network.tensors, program)
-        found = settle(loading, self.source, program, sizes, self._needed_nbytes, self._history)
+        found = settle(loading, self.source, program, sizes, self._needed_nbytes, lambda: self._history)
         try:
             if found.mode == "off":
                 read_all(self.source, self._progress)
@@ -202,6 +202,7 @@ class Model:
         self._prefault = Prefault(self.network.weights_by_use(experts=found.mode != "slots") if ahead else ())
         if before:
             before.close()
+        found.preload()
 
     def counts(self) -> Counts:
         """What became of the experts that were chosen since the mode was taken up; zeros where nobody counts."""
@@ -223,9 +224,26 @@ class Model:
         assert self._residence is not None
         return self._residence
 
-    def _fresh_history(self) -> History | None:
+    @property
+    def loading_problem(self) -> str:
+        """What went wrong beside the loading, in a line: a trace or what is learned cannot be kept. Mostly empty."""
+        return self._running.problem or (self._usage.problem if "_usage" in self.__dict__ else "")
+
+    @cached_property
+    def _usage(self) -> Usage:
         ops = expert_ops(self.network.program(1))
-        return History(len(ops), max(op.weights[0].shape[0] for op in ops)) if ops else None
+        return Usage(self.source, len(ops), max(op.weights[0].shape[0] for op in ops))
+
+    @cached_property
+    def _history(self) -> History:
+        """What is known of the experts' use, when somebody counts it."""
+        ops = expert_ops(self.network.program(1))
+        shape = len(ops), max(op.weights[0].shape[0] for op in ops)
+        return History(*shape, self._usage.prior if self._learned else None)
+
+    def _learn(self) -> None:
+        if self._learned and "_history" in self.__dict__:
+            self._usage.learn(self._history.uses)
 
     @property
     def name(self) -> str:
@@ -345,6 +363,7 @@ class Model:
         self._states.clear()
         self._plans.clear()
         self._running.close()
+        self._learn()
         self.device.close()
         self._soundness.close()
 

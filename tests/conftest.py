@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ def conformance() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no conformance data at {folder}: set LOCALMOE_CONFORMANCE to its folder")
     return folder
+
+
+NUMBERS = count()
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the experts of one test's model were used for is not known to the next test."""
+    folder = tmp_path_factory.getbasetemp() / f"usage-{next(NUMBERS)}"
+    monkeypatch.setattr("localmoe.experts.usage.usage_folder", lambda: folder)
 
 
 CLAIMS: list[Any] = []

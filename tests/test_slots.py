@@ -284,3 +284,35 @@ def test_an_interrupt_between_any_two_steps_of_the_store_leaves_it_true(quantise
             if strike % 5 == 0:
                 assert said(model) == expected, strike
         assert said(model) == expected
+
+
+def test_what_a_session_used_is_read_ahead_in_the_next_one(quantised: Path) -> None:
+    with closing(opened(quantised, "slots", share=1.0)) as model:
+        assert model.counts().ahead_read == 0
+        first = said(model)
+        used = int((model.uses() > 0).sum())  # type: ignore[operator]
+    with closing(opened(quantised, "slots", share=1.0)) as model:
+        assert model.counts().ahead_read == used > 0
+        assert said(model) == first
+        assert model.counts().ahead_used > 0
+    with closing(opened(quantised, "slots", share=1.0, learned=False)) as model:
+        assert model.counts().ahead_read == 0
+
+
+def test_a_trace_tells_what_was_chosen_in_slots_and_in_mmap(quantised: Path, tmp_path: Path) -> None:
+    from localmoe.experts.trace import read_trace
+
+    found = []
+    for mode in ("slots", "mmap"):
+        file = tmp_path / mode
+        with closing(opened(quantised, mode, trace=file)) as model:
+            said(model)
+            uses = model.uses()
+        trace = read_trace(file)
+        found.append([(c.step, c.layer, c.ids.tobytes()) for c in trace.choices])
+        assert uses is not None
+        counted = np.zeros_like(uses)
+        for choice in trace.choices:
+            np.add.at(counted[choice.layer], choice.ids.ravel(), 1)
+        assert (counted == uses).all()
+    assert found[0] == found[1] != []

@@ -95,6 +95,7 @@ def read_request(
     counts: Sequence[int | None] = numbers("--threads", threads, least=1) if threads else [None]
     formats, modes = words("--kv", kv, tuple(KV_FORMATS)), words("--lazy", lazy, MODES)
     loading = read_loading(next((mode for mode in modes if mode in SLOTTED), modes[0]), **limits)
+    loading = replace(loading, learned=False)  # random tokens teach nothing
     settings = tuple(Setting(*chosen, device, quantize, loading) for chosen in product(counts, formats, modes))
     return Request(Path(path), tuple(tests), settings, repeat)
 

@@ -111,11 +111,8 @@ def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
     with screen.progress(f"opening {path.name}") as bar:
         model = localmoe.load(path, progress=bar, **how)
     try:
-        if model.loading.trace and model.residency_mode != "slots":
-            raise SettingError(
-                f"--trace writes what the routers choose, and nobody looks at that where weights are loaded as "
-                f"{model.residency_mode}: --lazy slots does, for a mixture of experts on the cpu"
-            )
+        if model.loading.trace and model.uses() is None:
+            raise SettingError("--trace writes what routers choose: the model has none, or it runs where nobody looks")
         yield model
     finally:
         model.close()

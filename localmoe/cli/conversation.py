@@ -131,6 +131,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
         screen.notice(f"(text alone: left out are {model.left_out})")
     if model.residency_mode == "slots" or model.loading.mode not in ("auto", model.residency_mode):
         screen.notice(f"({model.loading_reason})")
+    if model.loading_problem:
+        screen.notice(f"({model.loading_problem})")
     for entry in not_followed(model.metadata):
         screen.notice(f"(the model recommends {entry}, which is not implemented)")
     screen.line()

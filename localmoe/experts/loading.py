@@ -28,6 +28,7 @@ class Loading:
     policy: str = "lfru"
     lookahead: bool = False  # read ahead what the next layer's router would choose now
     trace: Path | None = None  # where every choice of experts is written
+    learned: bool = True  # begin with what earlier sessions used most, and add this one to it
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -76,6 +76,7 @@ class Readers:
         except Empty:
             if not any(thread.is_alive() for thread in self._threads):
                 raise DeviceError("the threads that read experts have ended: open the model again") from None
+            self._tokens.put(True)  # where asking was interrupted, there are fewer looks than loads
 
     def close(self) -> None:
         """Returns when no thread writes to memory any more; a read that hangs is waited for."""

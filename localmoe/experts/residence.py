@@ -43,6 +43,11 @@ class Residence:
     experts: SlotExperts | MappedExperts | None = None
     pressure: Pressure | None = None
 
+    def preload(self) -> None:
+        """Begin to read what earlier sessions used most."""
+        if isinstance(self.experts, SlotExperts):
+            self.experts.preload()
+
     def step(self, seconds: float) -> None:
         """Behind each step: it took so long."""
         if self.experts:
@@ -56,6 +61,11 @@ class Residence:
     def uses(self) -> npt.NDArray[np.int64] | None:
         return self.experts.history.uses if self.experts else None
 
+    @property
+    def problem(self) -> str:
+        """What went wrong with a trace, in a line; empty where nothing did."""
+        return self.experts.trace.problem if self.experts and self.experts.trace else ""
+
     def room(self) -> Room | None:
         if not isinstance(self.experts, SlotExperts):
             return None
@@ -68,10 +78,15 @@ class Residence:
 
 
 def settle(
-    loading: Loading, source: Source, program: Program, sizes: Sizes, needed: Callable[[], int], history: History | None
+    loading: Loading,
+    source: Source,
+    program: Program,
+    sizes: Sizes,
+    needed: Callable[[], int],
+    known: Callable[[], History],
 ) -> Residence:
     """Decides what "auto" means now, and opens what is needed for it. `program` is that of one token, `needed` tells
-    the bytes that are needed beside the weights; `history` None: the model has no experts.
+    the bytes that are needed beside the weights, `known` what is known of the experts' use.
 
     Raises SettingError for a budget that is too small, with the smallest that would do.
     """
@@ -88,7 +103,7 @@ def settle(
     fits = sizes.weights + beside <= budget
     how = (mode, why, fits, sizes, budget, beside)
     if mode == "slots":
-        if history is None:
+        if not ops:
             raise SettingError(f"{source.path}: the model has no experts to keep in slots; --lazy mmap and off will do")
         room = room_for_experts(loading, source, ops, sizes, budget, beside)
         store = SlotExperts(
@@ -96,14 +111,14 @@ def settle(
             source.files,
             room,
             policy_of(loading.policy),
-            history,
+            known(),
             direct=disk is None or disk.way == "direct",
             lookahead=loading.lookahead,
             trace=_trace(loading, source, ops),
         )
         return Residence(*how, store, Pressure(store))
-    if history is not None and (loading.trace or not fits):
-        return Residence(*how, MappedExperts(ops, history, advise=not fits, trace=_trace(loading, source, ops)))
+    if ops and (loading.trace or not fits):
+        return Residence(*how, MappedExperts(ops, known(), advise=not fits, trace=_trace(loading, source, ops)))
     return Residence(*how)
 
 

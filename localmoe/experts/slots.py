@@ -88,6 +88,14 @@ class SlotExperts:
     def held_nbytes(self) -> int:
         return sum(int((pool.owner >= 0).sum()) * pool.slot_nbytes for pool in self.pools.values())
 
+    def preload(self) -> None:
+        """Begin to read what earlier sessions used most, as long as there are free slots and nothing else to read."""
+        prior = self.history.prior
+        for key in np.argsort(-prior, axis=None, kind="stable")[: int(np.count_nonzero(prior))].tolist():
+            layer = self.layers[key // self.width]
+            if layer.pool.free() is not None:
+                layer.read_ahead(key - layer.first)
+
     def begin(self) -> None:
         """A step begins."""
         self.history.tick()
@@ -270,10 +278,13 @@ class SlotLayer:
     def expect(self, guess: Ids) -> None:
         """Read ahead what may be chosen next, where nobody has to wait for it."""
         for expert in np.unique(guess).tolist():
-            key = self.first + expert
-            if not self.store.ready.flat[key] and key not in self.store.loading and self._load(expert, ahead=True):
-                self.store.ahead.flat[key] = True
-                self.store.count(ahead_read=1)
+            self.read_ahead(expert)
+
+    def read_ahead(self, expert: int) -> None:
+        key = self.first + expert
+        if not self.store.ready.flat[key] and key not in self.store.loading and self._load(expert, ahead=True):
+            self.store.ahead.flat[key] = True
+            self.store.count(ahead_read=1)
 
     def _ask(self, experts: Sequence[int]) -> None:
         """Begin to read as many of these as there is room for, of a prompt's chunk a few at a time."""
