@@ -79,7 +79,8 @@ def test_sizes_are_those_of_the_file(tiny: Path) -> None:
     )
     assert sizes == Sizes(66_080 - embedding, embedding, (Routed(6, 2, expert),) * 2)
     assert sizes.weights == 66_080 + 12 * expert
-    assert sizes.least == 66_080 - embedding + 4 * expert
+    assert sizes.least == 66_080 - embedding + 2 * expert
+    assert sizes.useful == 66_080 - embedding + 4 * expert
 
 
 def test_an_embedding_that_is_the_output_too_stays_in_memory(tmp_path: Path, conformance: Path) -> None:
@@ -87,6 +88,12 @@ def test_an_embedding_that_is_the_output_too_stays_in_memory(tmp_path: Path, con
     sizes = Sizes.of(network.tensors, network.program(1))
     assert (sizes.looked_up, sizes.layers) == (0, ())
     assert sizes.dense == sizes.weights == sum(w.nbytes for w in network.tensors.values())
+
+
+def test_the_smallest_slots_hold_one_layers_choice_of_each_size_of_expert() -> None:
+    layers = (Routed(64, 8, 100), Routed(64, 8, 100), Routed(64, 6, 100), Routed(64, 8, 130))
+    assert Sizes(1000, 0, layers).least == 1000 + 8 * 100 + 8 * 130
+    assert Sizes(1000, 0, ()).least == 1000
 
 
 @pytest.mark.parametrize(("part", "hits"), [(0.06, 0.40), (0.12, 0.62), (0.24, 0.85), (1.0, 1.0)])
@@ -134,7 +141,7 @@ DENSE = Sizes(10 * GB, 0, ())
         (SIZES, 1 * GB, True, 1.5e9, "slots: 10.00 GB of weights, 1.00 GB allowed; disk 1.50 GB/s"),
         (
             SIZES, 1 * GB, False, None,
-            "mmap: 10.00 GB of weights, 1.00 GB free, 1.68 GB would do for slots: tokens read all again",
+            "mmap: 10.00 GB of weights, 1.00 GB free, 1.52 GB would do for slots: tokens read all again",
         ),
         (DENSE, 12 * GB, False, 1.5e9, "mmap: 10.00 GB of weights, 12.00 GB free; disk 1.50 GB/s"),
         (
@@ -179,7 +186,7 @@ def test_what_fits_is_limited_by_memory(tiny: Path) -> None:
 def test_known_use_takes_the_place_of_what_is_assumed(tiny: Path) -> None:
     network = open_network(tiny)
     sizes = Sizes.of(network.tensors, network.program(1))
-    memory = sizes.least + outlook(network).beside.nbytes
+    memory = sizes.useful + outlook(network).beside.nbytes
     known = outlook(network, memory=memory, disk=GB, shares=[np.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0])] * 2)
     assert known.expected is not None
     assert known.expected.hit_rate == 1
