@@ -136,14 +136,14 @@ DENSE = Sizes(10 * GB, 0, ())
     [
         (SIZES, 20 * GB, False, 1.5e9, "mmap: 10.00 GB of weights, 20.00 GB free"),
         (SIZES, 20 * GB, True, 1.5e9, "mmap: 10.00 GB of weights, 20.00 GB allowed"),
-        (SIZES, 12 * GB, False, 1.5e9, "slots: 10.00 GB of weights, 12.00 GB free; disk 1.50 GB/s"),
+        (SIZES, 11 * GB, False, 1.5e9, "slots: 10.00 GB of weights, 11.00 GB free; disk 1.50 GB/s"),
         (SIZES, 4 * GB, False, None, "slots: 10.00 GB of weights, 4.00 GB free"),
         (SIZES, 1 * GB, True, 1.5e9, "slots: 10.00 GB of weights, 1.00 GB allowed; disk 1.50 GB/s"),
         (
             SIZES, 1 * GB, False, None,
             "mmap: 10.00 GB of weights, 1.00 GB free, 1.52 GB would do for slots: tokens read all again",
         ),
-        (DENSE, 12 * GB, False, 1.5e9, "mmap: 10.00 GB of weights, 12.00 GB free; disk 1.50 GB/s"),
+        (DENSE, 11 * GB, False, 1.5e9, "mmap: 10.00 GB of weights, 11.00 GB free; disk 1.50 GB/s"),
         (
             DENSE, 8 * GB, False, 1.5e9,
             "mmap: 10.00 GB of weights, 8.00 GB free, and no experts among them: every token reads all again; disk "
