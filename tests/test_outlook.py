@@ -65,6 +65,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return qwen3moe(tmp_path_factory.mktemp("models") / "tiny.gguf", format="Q8_0")
 
 
+measured_rates = localmoe.outlook.machine_rates
+
+
+def test_this_machine_has_rates() -> None:
+    found = measured_rates()
+    assert min(found.read, found.float_ops, found.integer_ops) > 1e8
+
+
 def rows(found: Outlook) -> dict[str, str]:
     return {what: value for _, entries in sections(found) for what, value in entries}
 
