@@ -66,7 +66,7 @@ class Outlook:
 
     @property
     def smallest(self) -> int:
-        """The smallest budget that would work: what every token reads, the experts of one, and all that is beside."""
+        """The smallest budget that would work: what every token reads, the experts of one layer, and all beside."""
         return self.sizes.least + self.beside.nbytes
 
     @property
@@ -84,8 +84,8 @@ class Outlook:
         if self.choice.mode == "slots" and self.smallest > self.memory:
             return (
                 f"needs at least {readable_size(self.smallest)}, and there are {within}: "
-                f"{readable_size(self.sizes.dense)} of dense weights, {readable_size(self.sizes.token_experts)} of "
-                f"experts for one token, {readable_size(self.beside.nbytes)} beside them"
+                f"{readable_size(self.sizes.dense)} of dense weights, {readable_size(self.sizes.least_experts)} of "
+                f"experts for one layer, {readable_size(self.beside.nbytes)} beside them"
             )
         return None
 
@@ -206,7 +206,8 @@ def weights_in_words(sizes: Sizes) -> str:
 def smallest_in_words(found: Outlook) -> str:
     whole = found.sizes.weights + found.beside.nbytes
     if found.sizes.layers:
-        return f"{readable_size(found.smallest)}; {readable_size(whole)} for all of it"
+        useful = readable_size(found.sizes.useful + found.beside.nbytes)
+        return f"{readable_size(found.smallest)}; {useful} for what one token uses, {readable_size(whole)} for all"
     return f"{readable_size(whole)}; below that, every token reads all weights again"
 
 
@@ -255,6 +256,7 @@ def numbers(found: Outlook) -> dict[str, object]:
         "beside_nbytes": found.beside.nbytes,
         "memory_nbytes": found.memory,
         "smallest_nbytes": found.smallest if found.sizes.layers else found.sizes.weights + found.beside.nbytes,
+        "useful_nbytes": found.sizes.useful + found.beside.nbytes,
         "loading": found.choice.mode,
         "room_nbytes": found.room,
         "experts": sum(layer.count for layer in found.sizes.layers),

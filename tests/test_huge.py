@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huge import ACTIVE, BLOCKS, DENSE_BLOCKS, EXPERTS, TOTAL, deepseek_r1
+from huge import ACTIVE, BLOCKS, DENSE_BLOCKS, EXPERTS, HIDDEN, TOTAL, USED, WIDTH, deepseek_r1
 
 import localmoe.outlook
 from localmoe.cli import main
@@ -62,12 +62,15 @@ def test_inspect_plan_and_doctor_read_the_header_alone(huge: Path) -> None:
     assert resident().files - before < NEAR
 
 
-def test_the_smallest_budget_is_what_one_token_needs(huge: Path) -> None:
+def test_the_smallest_budget_and_what_one_token_uses_are_known(huge: Path) -> None:
     network = open_network(huge)
     found = outlook(network, memory=32 * GIB, disk=1.5e9)
     told = numbers(found)
     token = network.program(1).weight_nbytes(1)
-    assert found.smallest == pytest.approx(token + found.beside.nbytes, rel=1e-6)  # but for a row of the embedding
+    assert told["useful_nbytes"] == pytest.approx(token + found.beside.nbytes, rel=1e-6)  # but for an embedding's row
+    down = HIDDEN * WIDTH * 144 // 256, HIDDEN * WIDTH * 210 // 256  # Q4_K and Q6_K
+    slots = USED * (5 * down[0] + down[1])  # two sizes of expert, of which a layer has one
+    assert found.smallest == found.sizes.dense + slots + found.beside.nbytes
     assert (told["experts"], told["loading"], told["limit"]) == (58 * 256, "slots", "disk")
     assert outlook(network, memory=found.smallest, disk=1.5e9).refusal is None
 
@@ -78,5 +81,5 @@ def test_a_budget_of_8_gib_is_refused_with_the_numbers(huge: Path, capsys: pytes
     assert ended.value.code == 2
     told = capsys.readouterr()
     assert json.loads(told.out)["tokens_per_second"] is None
-    assert "needs at least 23." in told.err
+    assert "needs at least 11." in told.err
     assert "8.59 GB allowed" in told.err

@@ -15,6 +15,7 @@ from gguf_writing import safetensors_bytes
 from test_folder_formats import DEEPSEEK, FLOAT8, LLAMA, SYMMETRIC, shapes, two_folders
 from test_mistral import LARGE
 
+import localmoe.quantisation.rearranging
 from localmoe.errors import FileFormatError, LocalMoeError, UnsupportedError
 from localmoe.inspection import report
 from localmoe.loader.locate import open_source
@@ -74,6 +75,17 @@ def test_a_plan_says_what_quantising_would_give(name: str, type: str, size: str,
     """Published GGUF files of these have 18.56, 8.71 and 404.43 GB, headers with them (from memory of their pages)."""
     rows = dict(report(conformance / "configs" / "hf" / f"{name}_config.json", quantize=type))
     assert dict(rows["model"])["size"] == size
+
+
+def test_to_plan_a_quantised_model_nothing_is_computed(conformance: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1's 8-bit floats have scales beside them: what is made of them in a file is known without their products."""
+    monkeypatch.setattr(localmoe.quantisation.rearranging, "values", None)
+    tracemalloc.start()
+    try:
+        report(conformance / "configs" / "hf" / "deepseek-r1_config.json", quantize="q4_K_M")
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_mistral_large_3s_params_json_gives_its_published_figures(tmp_path: Path) -> None:

@@ -55,6 +55,19 @@ class Sizes:
         return sum(layer.used * layer.nbytes for layer in self.layers)
 
     @property
+    def least_experts(self) -> int:
+        """Of the smallest slots that work: as many as a token uses in one layer, of each size of expert."""
+        used: dict[int, int] = {}
+        for layer in self.layers:
+            used[layer.nbytes] = max(used.get(layer.nbytes, 0), layer.used)
+        return sum(nbytes * count for nbytes, count in used.items())
+
+    @property
     def least(self) -> int:
-        """The least that makes sense to keep: below one token's working set nothing is found in memory again."""
+        """The least to keep that works at all."""
+        return self.dense + self.least_experts
+
+    @property
+    def useful(self) -> int:
+        """The least to keep that makes sense: below one token's working set nothing is found in memory again."""
         return self.dense + self.token_experts

@@ -16,12 +16,20 @@ import numpy as np
 
 from localmoe.arch.rope import Rope
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import Weight
+from localmoe.formats import F32, Weight
 from localmoe.loader.checkpoint import PREDICTOR, SKIPPABLE
 from localmoe.loader.config_json import Makers
 from localmoe.loader.metadata import Metadata
 from localmoe.loader.source import LazyWeights, Source, shown
-from localmoe.quantisation.rearranging import Order, from_array, with_columns, with_rows, written_out
+from localmoe.quantisation.rearranging import (
+    Order,
+    from_array,
+    is_planned,
+    with_columns,
+    with_rows,
+    without_bytes,
+    written_out,
+)
 
 # Architectures whose q and k rows a GGUF file has in adjacent pairs and a folder in halves.
 PAIRED = frozenset({"llama", "deepseek", "granite", "granitemoe", "smollm3", "mistral3"})
@@ -152,13 +160,18 @@ def _cut_latent(makers: Makers, keys: dict[str, Any], architecture: str) -> None
 
 def _latent_part(make: Callable[[], Weight], heads: int, rows: slice, turned: bool) -> Weight:
     """Those rows of each head's matrix, transposed or not."""
-    weight = written_out(make())
+    weight = make()
+    name = weight.name.replace("kv_b", "k_b" if turned else "v_b")
+    if is_planned(weight):
+        height = rows.stop - (rows.start or 0)
+        shape = (heads, weight.columns, height) if turned else (heads, height, weight.columns)
+        return without_bytes(name, shape, F32 if weight.scales else weight.format)
+    weight = written_out(weight)
     if weight.format.elements > 1:
         raise UnsupportedError(f"tensor {shown(weight.name)} is {weight.format.name}; to be cut it must be floats")
     (data,) = weight.slabs
     matrices = data.view(f"u{weight.format.nbytes}").reshape(heads, -1, weight.columns)[:, rows]
     part = np.ascontiguousarray(matrices.swapaxes(1, 2) if turned else matrices)
-    name = weight.name.replace("kv_b", "k_b" if turned else "v_b")
     return Weight.whole(name, part.shape, weight.format, part.view(np.uint8).reshape(-1))
 
 

@@ -19,6 +19,7 @@ from localmoe.memory import available_nbytes, readable_size
 from localmoe.quantisation.file_types import FileType, Sizes, file_type, formats
 from localmoe.quantisation.gguf_form import gguf_form
 from localmoe.quantisation.quantiser import Quantiser
+from localmoe.quantisation.rearranging import without_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def _described(name: str, weight: Weight) -> Planned:
 def _unread(tensor: Planned) -> Weight:
     if tensor.small is not None:
         return tensor.small
-    return Weight.whole(tensor.name, tensor.shape, tensor.wanted, np.broadcast_to(np.uint8(0), tensor.nbytes))
+    return without_bytes(tensor.name, tensor.shape, tensor.wanted)
 
 
 def _sizes(metadata: Mapping[str, Any]) -> Sizes:

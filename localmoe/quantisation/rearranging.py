@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import F32, Weight
+from localmoe.formats import F32, Format, Weight
 from localmoe.kernels.reference_weights import values
 from localmoe.loader.source import shown
 
@@ -20,6 +21,17 @@ def from_array(name: str, array: npt.NDArray[Any]) -> Weight:
     """A weight of float32 values."""
     data = np.ascontiguousarray(array, np.float32).view(np.uint8).reshape(-1)
     return Weight.whole(name, array.shape, F32, data)
+
+
+def is_planned(weight: Weight) -> bool:
+    """Whether it has a size and no memory behind it."""
+    return weight.slabs[0].strides == (0,)
+
+
+def without_bytes(name: str, shape: tuple[int, ...], format: Format) -> Weight:
+    """A weight that has a size and no memory behind it."""
+    nbytes = prod(shape[:-1]) * format.row_nbytes(shape[-1])
+    return Weight.whole(name, shape, format, np.broadcast_to(np.uint8(0), nbytes))
 
 
 def written_out(weight: Weight) -> Weight:
