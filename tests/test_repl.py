@@ -258,7 +258,7 @@ def test_lazy_shows_what_runs_and_why() -> None:
     model.loading = Loading("auto", 8 << 30, 2_500_000_001, "lru", lookahead=True, trace=Path("choices"))
     assert rows_of(chat("/lazy", model=model)) == [
         "loading  slots",
-        "why      slots, as slots says",
+        "why      as asked",
         "asked    --lazy auto --memory 8GiB --expert-cache 2.50GB --expert-policy lru",
         "         --lookahead --trace choices",
         "experts  2.31 GB in 3.90 GB of slots; all of them are 14.20 GB",
@@ -268,8 +268,8 @@ def test_lazy_shows_what_runs_and_why() -> None:
 def test_lazy_changes_the_mode_and_the_conversation_goes_on() -> None:
     model = FakeModel(REPLIES)
     assert chat("hello", "/lazy slots 4GiB", "hello", "/lazy mmap", "/lazy slots", model=model) == (
-        "Hi there.\n\n(loading slots, was mmap: slots, as slots says)\nHi there.\n\n"
-        "(loading mmap, was slots: mmap, as mmap says)\n(loading slots, was mmap: slots, as slots says)\n"
+        "Hi there.\n\n(loading slots: as asked; was mmap)\nHi there.\n\n"
+        "(loading mmap: as asked; was slots)\n(loading slots: as asked; was mmap)\n"
     )
     assert model.calls[len("Hi there.") + 1][0] == len("<hello<>Hi there."), "what stands in the cache is not run again"
     assert model.loading == Loading("slots", expert_cache=4 << 30), "the size is kept from last time"
@@ -282,7 +282,9 @@ def test_lazy_keeps_all_that_was_asked_for_but_auto_chooses_the_size_anew() -> N
     assert model.loading == replace(asked, mode="off")
     chat("/lazy slots 2 GiB", model=model)
     assert model.loading == replace(asked, mode="slots", expert_cache=2 << 30)
-    chat("/lazy auto", model=model)
+    told = chat("/lazy auto", "/lazy", model=model)
+    assert told.startswith("(loading slots: 7.80 GB of weights, 4.20 GB free; was slots)\n")
+    assert "why      7.80 GB of weights, 4.20 GB free" in told
     assert model.loading == replace(asked, expert_cache=None)
 
 

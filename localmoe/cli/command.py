@@ -111,11 +111,8 @@ def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
     with screen.progress(f"opening {path.name}") as bar:
         model = localmoe.load(path, progress=bar, **how)
     try:
-        if model.loading.trace and model.residency_mode != "slots":
-            raise SettingError(
-                f"--trace writes what the routers choose, and nobody looks at that where weights are loaded as "
-                f"{model.residency_mode}: --lazy slots does, for a mixture of experts on the cpu"
-            )
+        if model.loading.trace and model.uses() is None:
+            raise SettingError(f"--trace: {model.name} has no experts whose choices could be written")
         yield model
     finally:
         model.close()

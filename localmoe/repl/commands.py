@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from localmoe.errors import LocalMoeError, SettingError
 from localmoe.experts.loading import MODES
-from localmoe.repl.residency import changed, experts_told, loading_rows, memory_rows
+from localmoe.repl.residency import changed, experts_told, loading_rows, memory_rows, runs_because
 from localmoe.repl.talk import Talk
 from localmoe.settings import SETTINGS, allowed
 
@@ -156,7 +156,7 @@ def lazy(talk: Talk, argument: str) -> None:
     except KeyboardInterrupt:
         talk.screen.notice(f"(stopped: {model.residency_mode} goes on)")
     else:
-        talk.screen.notice(f"(loading {model.residency_mode}, was {before}: {model.loading_reason})")
+        talk.screen.notice(f"(loading {runs_because(model)}; was {before})")
 
 
 @command("memory", help="what is where: weights, experts, KV cache, and what is free")
