@@ -114,6 +114,7 @@ class FakeModel:
         self.counted = Counts()
         self.had_room: Room | None = None
         self.chosen: np.ndarray | None = None
+        self.expert_blocks: list[int] = []
 
     def change_loading(self, loading: Loading) -> None:
         if self.trouble:

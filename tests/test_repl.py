@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import FakeModel
 from prompt_toolkit.application import create_app_session
@@ -300,6 +301,49 @@ def test_a_mode_that_cannot_be_is_told_and_the_old_one_goes_on() -> None:
         "a size is a number with kB, MB, GB or TB (powers of 1000) or KiB, MiB, GiB or ",
         "TiB (of 1024), such as 8GiB, not 'much'",
     ]
+
+
+def test_experts_draws_who_was_chosen_by_the_numbers_of_their_blocks() -> None:
+    model = slotted()
+    model.chosen, model.expert_blocks = np.array([[3, 0, 1, 2], [0, 0, 4, 4]]), [3, 11]
+    assert rows_of(chat("/experts", model=model)) == [
+        "   0  3",
+        " 3 ▒ ░▒",
+        "11   ▒▒",
+        "· <0.5 ░ <1 ▒ <2 ▓ <4 █ more (times the mean)",
+        "busiest       3/0 2.0×, 11/2 2.0×, 11/3 2.0×, 3/3 1.3×, 3/2 0.7×",
+        "idle          3 of 8 never chosen; most in layer 11: 2 of 4",
+        "load balance  busiest over mean 2.00; variation 0.87 (0.75 to 1.00)",
+        "entropy       1.23 (1.00 to 1.46) of 2.00 bits",
+    ]
+
+
+def test_experts_of_a_large_model_stand_on_one_screen_of_any_width() -> None:
+    model = slotted()
+    model.chosen, model.expert_blocks = np.random.default_rng(0).integers(0, 99, (58, 256)), list(range(3, 61))
+    for width in (40, 80):
+        console = Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
+        lines = chat("/experts", model=model, on=Screen(console, console)).splitlines()
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= width
+        assert " 3-7 " in lines[1]
+
+
+def test_experts_that_nobody_counts_or_asked_for_are_told() -> None:
+    assert chat("/experts") == "nobody counts here which experts are chosen: /lazy slots does, from then on\n"
+    model = slotted()
+    model.chosen = np.zeros((2, 4), np.int64)
+    assert chat("/experts", model=model) == "experts  none was chosen yet\n"
+
+
+def test_where_only_ascii_can_be_shown_the_map_is_ascii() -> None:
+    model = slotted()
+    model.chosen, model.expert_blocks = np.array([[3, 0, 1, 2]]), [0]
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace"), width=80, highlight=False)
+    chosen = Screen(console, console)
+    converse(Talk(Session(model), chosen), LineReader(io.StringIO("/experts\n")))
+    console.file.seek(0)
+    assert console.file.read().splitlines()[1].rstrip() == "0 + :+"
 
 
 def test_ctrl_c_while_the_mode_is_changed_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
