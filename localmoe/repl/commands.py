@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from localmoe.errors import LocalMoeError, SettingError
 from localmoe.experts.loading import MODES
+from localmoe.repl.keyboard import silent_keyboard
 from localmoe.repl.residency import HOW_TO_COUNT, changed, experts_told, loading_rows, memory_rows, runs_because
 from localmoe.repl.talk import Talk
 from localmoe.settings import SETTINGS, allowed
@@ -149,7 +150,7 @@ def lazy(talk: Talk, argument: str) -> None:
         return
     asked, before = changed(model.loading, argument), model.residency_mode
     try:
-        with talk.screen.progress("changing how weights are loaded"):
+        with silent_keyboard(), talk.screen.progress("changing how weights are loaded"):
             model.change_loading(asked)
     except LocalMoeError as error:
         talk.screen.error(str(error))
