@@ -540,6 +540,7 @@ def test_completion_reads_the_command_table_and_the_settings() -> None:
     assert completions("/s") == ["system", "set", "stats"]
     assert completions("/set top") == ["top_k", "top_p"]
     assert completions("/help re") == ["regen"]
+    assert completions("/lazy s") == ["slots"]
     assert completions("hello /s") == completions("/nothing ") == completions("/set top_k 1") == []
 
 
