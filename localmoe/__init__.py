@@ -44,8 +44,8 @@ def load(
     `lazy`: how weights are loaded, "off" (all now), "mmap" (when first used), "slots" (experts when they are chosen,
     within a budget of memory), "auto" (as size, free memory and disk suggest), or a Loading with all that follows.
     `memory`: the budget of the whole process, "8GiB" or in bytes; `expert_cache`: the part of it for experts;
-    `expert_policy`: which of them stay, "lfru", "lru" or "history"; `lookahead`: read some ahead that may be chosen;
-    `trace`: a file that gets every choice of experts. These five are for "slots", and for "auto", which may take it.
+    `expert_policy`: which of them stay, "lfru", "lru" or "history"; `lookahead`: read some ahead that may be chosen:
+    these four are for "slots", and for "auto", which may take it. `trace`: a file that gets every choice of experts.
     Raises children of `localmoe.errors.LocalMoeError`.
     """
     from localmoe.experts.loading import read_loading

@@ -212,6 +212,12 @@ class Model:
         """None unless experts are in slots."""
         return self._running.room()
 
+    @property
+    def expert_blocks(self) -> list[int]:
+        """The blocks that have experts, by the numbers of their tensors: the rows of `uses`."""
+        ops = [op for op in self.network.program(1).ops if op.name == "experts"]
+        return [int(op.weights[0].name.split(".")[1]) for op in ops]
+
     def uses(self) -> npt.NDArray[np.int64] | None:
         """Tokens that chose each expert since opening, (layers, experts); None where nobody counts."""
         return self._running.uses()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import FakeModel
 
@@ -165,7 +166,6 @@ def test_loading_flags_reach_the_model_as_one_loading(
         (["--lazy", "mmap", "--memory", "2GiB"], "--memory is for --lazy slots or auto, not for --lazy mmap"),
         (["--lazy", "off", "--expert-policy", "lru"], "--expert-policy is for --lazy slots or auto"),
         (["--lazy", "off", "--lookahead"], "--lookahead is for --lazy slots or auto"),
-        (["--lazy", "mmap", "--trace", "t"], "--trace is for --lazy slots or auto"),
         (["--memory", "2GiB", "--expert-cache", "2GiB"], "--expert-cache 2GiB must be smaller than --memory 2GiB"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,
@@ -190,29 +190,32 @@ def test_loading_flags_that_cannot_be_are_one_line_and_2_before_anything_is_open
 def test_a_trace_that_nobody_would_write_is_refused(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
     model.loading = Loading(trace=Path("t"))
     assert call("run", "x.gguf", "-p", "hello", "--trace", "t") == 2
-    assert "--trace writes what the routers choose, and nobody looks at that" in capsys.readouterr().err
+    assert "--trace: fake-moe has no experts whose choices" in capsys.readouterr().err
     assert model.closed
+    model.chosen = np.zeros((1, 2), np.int64)
+    assert call("run", "x.gguf", "-p", "hello", "--trace", "t") == 0
 
 
 @pytest.mark.parametrize(
-    ("asked", "runs", "told"),
+    ("asked", "runs", "free", "told"),
     [
-        ("auto", "mmap", ""),
-        ("off", "off", ""),
-        ("slots", "slots", "(why)"),
-        ("slots", "mmap", "(why)"),
-        ("auto", "slots", "(why)"),
+        ("auto", "mmap", 10**9, ""),
+        ("auto", "mmap", 10**6, "(loading mmap: why)"),
+        ("auto", "slots", 10**9, "(loading slots: why)"),
+        ("slots", "slots", 10**6, ""),
     ],
 )
-def test_chat_tells_why_weights_are_loaded_in_no_plain_way(
+def test_chat_tells_why_weights_are_loaded_in_no_plain_way_that_nobody_asked_for(
     asked: str,
     runs: str,
+    free: int,
     told: str,
     model: FakeModel,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model.loading, model.residency_mode, model.loading_reason = Loading(asked), runs, "why"
+    monkeypatch.setattr("localmoe.memory.available_nbytes", lambda: free)
+    model.loading, model.residency_mode, model.loading_reason = Loading(asked), runs, f"{runs}: why"
     pipe_in(monkeypatch, "")
     assert call("chat", "x.gguf") == 0
     assert capsys.readouterr().out.splitlines()[2] == told

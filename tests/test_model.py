@@ -343,3 +343,17 @@ def test_progress_hears_of_weights_being_read(files: dict[str, Path]) -> None:
     reading = [news for news in heard if news[0] == "reading weights"]
     assert reading
     assert all(0 < done <= total for _, done, total in reading)
+
+
+def test_a_model_says_which_blocks_have_experts(tmp_path: Path) -> None:
+    opened = localmoe.load(deepseek2(tmp_path / "tiny.gguf"))
+    ops = [op for op in opened.network.program(1).ops if op.name == "experts"]
+    assert opened.expert_blocks == [int(op.weights[0].name.split(".")[1]) for op in ops] != []
+    assert 0 not in opened.expert_blocks, "the first block is dense"
+    opened.close()
+
+
+def test_the_cache_is_counted_by_its_tokens(files: dict[str, Path]) -> None:
+    opened = localmoe.load(files["gqa"], kv_format="f32")
+    assert opened.cache_nbytes(10) == 10 * 4 * 2 * 2 * (16 + 16)  # 2 blocks, 2 kv-heads, keys and values of 16
+    opened.close()

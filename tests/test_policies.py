@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmoe.errors import SettingError
+from localmoe.experts import loading
 from localmoe.experts.history import HALF_LIFE, History
 from localmoe.experts.loading import Loading
 from localmoe.experts.policies import PINNED, POLICIES, policy_of
@@ -127,3 +128,7 @@ def test_the_default_policy_is_one_of_them() -> None:
 def test_an_unknown_policy_is_refused_by_name() -> None:
     with pytest.raises(SettingError, match=r"'mru'.*lru, lfru, history"):
         policy_of("mru")
+
+
+def test_the_names_on_the_command_line_are_those_of_the_policies() -> None:
+    assert set(loading.POLICIES) == set(POLICIES)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import FakeModel
 from prompt_toolkit.application import create_app_session
@@ -258,7 +259,7 @@ def test_lazy_shows_what_runs_and_why() -> None:
     model.loading = Loading("auto", 8 << 30, 2_500_000_001, "lru", lookahead=True, trace=Path("choices"))
     assert rows_of(chat("/lazy", model=model)) == [
         "loading  slots",
-        "why      slots, as slots says",
+        "why      as asked",
         "asked    --lazy auto --memory 8GiB --expert-cache 2.50GB --expert-policy lru",
         "         --lookahead --trace choices",
         "experts  2.31 GB in 3.90 GB of slots; all of them are 14.20 GB",
@@ -268,8 +269,8 @@ def test_lazy_shows_what_runs_and_why() -> None:
 def test_lazy_changes_the_mode_and_the_conversation_goes_on() -> None:
     model = FakeModel(REPLIES)
     assert chat("hello", "/lazy slots 4GiB", "hello", "/lazy mmap", "/lazy slots", model=model) == (
-        "Hi there.\n\n(loading slots, was mmap: slots, as slots says)\nHi there.\n\n"
-        "(loading mmap, was slots: mmap, as mmap says)\n(loading slots, was mmap: slots, as slots says)\n"
+        "Hi there.\n\n(loading slots: as asked; was mmap)\nHi there.\n\n"
+        "(loading mmap: as asked; was slots)\n(loading slots: as asked; was mmap)\n"
     )
     assert model.calls[len("Hi there.") + 1][0] == len("<hello<>Hi there."), "what stands in the cache is not run again"
     assert model.loading == Loading("slots", expert_cache=4 << 30), "the size is kept from last time"
@@ -282,7 +283,9 @@ def test_lazy_keeps_all_that_was_asked_for_but_auto_chooses_the_size_anew() -> N
     assert model.loading == replace(asked, mode="off")
     chat("/lazy slots 2 GiB", model=model)
     assert model.loading == replace(asked, mode="slots", expert_cache=2 << 30)
-    chat("/lazy auto", model=model)
+    told = chat("/lazy auto", "/lazy", model=model)
+    assert told.startswith("(loading slots: 7.80 GB of weights, 4.20 GB free; was slots)\n")
+    assert "why      7.80 GB of weights, 4.20 GB free" in told
     assert model.loading == replace(asked, expert_cache=None)
 
 
@@ -298,6 +301,49 @@ def test_a_mode_that_cannot_be_is_told_and_the_old_one_goes_on() -> None:
         "a size is a number with kB, MB, GB or TB (powers of 1000) or KiB, MiB, GiB or ",
         "TiB (of 1024), such as 8GiB, not 'much'",
     ]
+
+
+def test_experts_draws_who_was_chosen_by_the_numbers_of_their_blocks() -> None:
+    model = slotted()
+    model.chosen, model.expert_blocks = np.array([[3, 0, 1, 2], [0, 0, 4, 4]]), [3, 11]
+    assert rows_of(chat("/experts", model=model)) == [
+        "   0  3",
+        " 3 ▒ ░▒",
+        "11   ▒▒",
+        "· <0.5 ░ <1 ▒ <2 ▓ <4 █ more (times the mean)",
+        "busiest       3/0 2.0×, 11/2 2.0×, 11/3 2.0×, 3/3 1.3×, 3/2 0.7×",
+        "idle          3 of 8 never chosen; most in layer 11: 2 of 4",
+        "load balance  busiest over mean 2.00; variation 0.87 (0.75 to 1.00)",
+        "entropy       1.23 (1.00 to 1.46) of 2.00 bits",
+    ]
+
+
+def test_experts_of_a_large_model_stand_on_one_screen_of_any_width() -> None:
+    model = slotted()
+    model.chosen, model.expert_blocks = np.random.default_rng(0).integers(0, 99, (58, 256)), list(range(3, 61))
+    for width in (40, 80):
+        console = Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
+        lines = chat("/experts", model=model, on=Screen(console, console)).splitlines()
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= width
+        assert " 3-7 " in lines[1]
+
+
+def test_experts_that_nobody_counts_or_asked_for_are_told() -> None:
+    assert chat("/experts") == "nobody counts here which experts are chosen: /lazy slots does, from then on\n"
+    model = slotted()
+    model.chosen = np.zeros((2, 4), np.int64)
+    assert chat("/experts", model=model) == "experts  none was chosen yet\n"
+
+
+def test_where_only_ascii_can_be_shown_the_map_is_ascii() -> None:
+    model = slotted()
+    model.chosen, model.expert_blocks = np.array([[3, 0, 1, 2]]), [0]
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace"), width=80, highlight=False)
+    chosen = Screen(console, console)
+    converse(Talk(Session(model), chosen), LineReader(io.StringIO("/experts\n")))
+    console.file.seek(0)
+    assert console.file.read().splitlines()[1].rstrip() == "0 + :+"
 
 
 def test_ctrl_c_while_the_mode_is_changed_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,6 +540,7 @@ def test_completion_reads_the_command_table_and_the_settings() -> None:
     assert completions("/s") == ["system", "set", "stats"]
     assert completions("/set top") == ["top_k", "top_p"]
     assert completions("/help re") == ["regen"]
+    assert completions("/lazy s") == ["slots"]
     assert completions("hello /s") == completions("/nothing ") == completions("/set top_k 1") == []
 
 

@@ -112,7 +112,7 @@ def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
         model = localmoe.load(path, progress=bar, **how)
     try:
         if model.loading.trace and model.uses() is None:
-            raise SettingError("--trace writes what routers choose: the model has none, or it runs where nobody looks")
+            raise SettingError(f"--trace: {model.name} has no experts whose choices could be written")
         yield model
     finally:
         model.close()

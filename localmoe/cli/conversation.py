@@ -114,7 +114,8 @@ def open_session(
 
 def greet(screen: Screen, model: Model, session: Session) -> None:
     """What is running, and what its file says about sampling."""
-    from localmoe.memory import readable_size
+    from localmoe.memory import available_nbytes, readable_size
+    from localmoe.repl.residency import runs_because
     from localmoe.settings import not_followed
 
     facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
@@ -129,8 +130,8 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
         screen.notice(f"(the model was trained on {model.trained_context} tokens: beyond them its answers get worse)")
     if model.left_out:
         screen.notice(f"(text alone: left out are {model.left_out})")
-    if model.residency_mode == "slots" or model.loading.mode not in ("auto", model.residency_mode):
-        screen.notice(f"({model.loading_reason})")
+    if model.loading.mode == "auto" and (model.residency_mode == "slots" or model.nbytes > available_nbytes()):
+        screen.notice(f"(loading {runs_because(model)})")
     if model.loading_problem:
         screen.notice(f"({model.loading_problem})")
     for entry in not_followed(model.metadata):

@@ -55,12 +55,11 @@ def read_loading(
         "--expert-cache": expert_cache,
         "--expert-policy": expert_policy,
         "--lookahead": lookahead or None,
-        "--trace": trace,
     }
     asked = [flag for flag, value in given.items() if value is not None]
     if isinstance(lazy, Loading):
-        if asked:
-            raise SettingError(f"{asked[0]} is part of the Loading that was given: set it there")
+        if asked or trace is not None:
+            raise SettingError(f"{[*asked, '--trace'][0]} is part of the Loading that was given: set it there")
         return lazy
     loading = Loading(
         lazy,

@@ -8,10 +8,12 @@ from difflib import get_close_matches
 
 from localmoe.errors import LocalMoeError, SettingError
 from localmoe.experts.loading import MODES
-from localmoe.repl.residency import changed, experts_told, loading_rows, memory_rows
+from localmoe.repl.keyboard import silent_keyboard
+from localmoe.repl.residency import HOW_TO_COUNT, changed, experts_told, loading_rows, memory_rows, runs_because
 from localmoe.repl.talk import Talk
 from localmoe.settings import SETTINGS, allowed
 
+BESIDE_MAP = 10  # lines of the screen: the prompt, what was typed, and the figures below the map, which may be wrapped
 Action = Callable[[Talk, str], None]
 
 
@@ -148,7 +150,7 @@ def lazy(talk: Talk, argument: str) -> None:
         return
     asked, before = changed(model.loading, argument), model.residency_mode
     try:
-        with talk.screen.progress("changing how weights are loaded"):
+        with silent_keyboard(), talk.screen.progress("changing how weights are loaded"):
             model.change_loading(asked)
     except LocalMoeError as error:
         talk.screen.error(str(error))
@@ -156,7 +158,21 @@ def lazy(talk: Talk, argument: str) -> None:
     except KeyboardInterrupt:
         talk.screen.notice(f"(stopped: {model.residency_mode} goes on)")
     else:
-        talk.screen.notice(f"(loading {model.residency_mode}, was {before}: {model.loading_reason})")
+        talk.screen.notice(f"(loading {runs_because(model)}; was {before})")
+
+
+@command("experts", help="which experts are chosen: a heat map, the busiest, the idle, load balance and entropy")
+def experts(talk: Talk, argument: str) -> None:
+    from localmoe.experts.heatmap import facts, rows  # numpy, which /help and the manual need not load
+
+    model, screen = talk.model, talk.screen
+    uses = model.uses()
+    if uses is None:
+        raise SettingError(HOW_TO_COUNT)
+    blocks = model.expert_blocks
+    for line in rows(uses, screen.width, screen.lines_beside(BESIDE_MAP), plain=screen.is_ascii, blocks=blocks):
+        screen.line(line)
+    screen.rows(facts(uses, blocks))
 
 
 @command("memory", help="what is where: weights, experts, KV cache, and what is free")

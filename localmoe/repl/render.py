@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 DELAY = 0.5  # seconds that work may take before a bar appears
+SMALLEST_DRAWING = 8  # lines
 SLOWEST = 3600.0  # seconds between two steps of work that still tell how long the rest takes
 # C0 but for tab and newline, DEL, C1, lone surrogates, and the bidi overrides that make text read other than it is.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -184,6 +185,19 @@ class Screen:
     @property
     def is_terminal(self) -> bool:
         return self.console.is_terminal
+
+    @property
+    def width(self) -> int:
+        return self.console.width
+
+    @property
+    def is_ascii(self) -> bool:
+        """Whether nothing but ASCII can be shown."""
+        return not self.console.encoding.lower().startswith("utf")
+
+    def lines_beside(self, others: int) -> int:
+        """How many lines a drawing may have, so that it stands on the screen with so many others."""
+        return max(self.console.height - others, SMALLEST_DRAWING)
 
     def line(self, text: str = "", style: str = "") -> None:
         """A line of ours, wrapped at words."""

@@ -38,6 +38,8 @@ class ResidentModel(Protocol):
     def cache_nbytes(self, tokens: int) -> int: ...
     def room(self) -> Room | None: ...
     def uses(self) -> npt.NDArray[np.int64] | None: ...
+    @property
+    def expert_blocks(self) -> list[int]: ...
 
 
 def changed(loading: Loading, words: str) -> Loading:
@@ -52,9 +54,18 @@ def changed(loading: Loading, words: str) -> Loading:
     return replace(loading, mode=mode, expert_cache=nbytes)
 
 
+def runs_because(model: ResidentModel) -> str:
+    """The mode that runs and why, "slots: 7.80 GB of weights, 4.20 GB free"."""
+    return f"{model.residency_mode}: {_why(model)}"
+
+
+def _why(model: ResidentModel) -> str:
+    return model.loading_reason.removeprefix(f"{model.residency_mode}: ")
+
+
 def loading_rows(model: ResidentModel) -> Rows:
     """What runs, why, and what was asked for."""
-    rows = [("loading", model.residency_mode), ("why", model.loading_reason), ("asked", _flags(model.loading))]
+    rows = [("loading", model.residency_mode), ("why", _why(model)), ("asked", _flags(model.loading))]
     return rows + [("experts", _experts(room)) for room in [model.room()] if room]
 
 
