@@ -5,66 +5,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from localmoe.experts.budget import Needed
 from localmoe.formats import Weight
 from localmoe.kernels.open import cache_format
 from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
 from localmoe.loader.source import PlannedTensors
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
-from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.model import DEFAULT_CONTEXT, Network
 from localmoe.quantisation.planning import plan_folder
 
 Section = tuple[str, list[tuple[str, str]]]
 
-# Measured with bench/memory.py (CPython 3.11, x86-64): a chat at a terminal whose kernels need no compiling.
-PYTHON_NBYTES = 49_000_000  # the interpreter, numpy, llvmlite with the kernels, rich, prompt_toolkit, jinja2
-# Of the header's lists and the tokenizer made from them: 246 to 309 in 15 vocabularies of bytes, 444 to 674 in 3 others
-NBYTES_PER_TOKEN_OR_MERGE, NBYTES_PER_SCORED_TOKEN = 275, 640
-
-
-@dataclass(frozen=True, slots=True)
-class Needed:
-    """Bytes that a chat on the cpu takes beside the weights once its context is full; pages of files are not among
-    them."""
-
-    cache: int  # rows padded as the device pads them
-    working: int  # buffers of a decoding and of a prefill step, rope tables, norms as float32
-    vocabulary: int
-    python: int = PYTHON_NBYTES
-    states: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.cache + self.states + self.working + self.vocabulary + self.python
-
-    @property
-    def parts(self) -> str:
-        """What it is made of, in words."""
-        cache, working, vocabulary, python = map(
-            readable_size, (self.cache, self.working, self.vocabulary, self.python)
-        )
-        cache += f", recurrent states {readable_size(self.states)}" if self.states else ""
-        return f"KV cache {cache}, working memory {working}, vocabulary {vocabulary}, Python and libraries {python}"
-
 
 def needed(network: Network, context: int, kv_format: str = "f16") -> Needed:
     """What a chat with a context of so many tokens needs; reads no weight and compiles nothing."""
-    from localmoe.kernels.cpu.device import CpuDevice
-
-    programs = [network.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
-    cache, working = CpuDevice.needed_nbytes(programs, context, kv_format)
-    states = programs[0].state_slots * programs[0].state_nbytes
-    return Needed(cache - states, working, _vocabulary_nbytes(network), states=states)
+    return network.needed(context, kv_format)
 
 
 def report(
     path: str | Path, context: int | None = None, kv_format: str = "f16", quantize: str | None = None
 ) -> list[Section]:
     """Sections of (what, value). Raises the same errors as opening the model would; reads no weight."""
-    network = _opened(path, quantize)
+    network = open_network(path, quantize)
     program = network.program(1)
     routed = [op for op in program.ops if op.name == "experts"]
     asked = context or min(network.trained_context, DEFAULT_CONTEXT)
@@ -78,7 +43,7 @@ def report(
 
 def program_table(path: str | Path, quantize: str | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The decode Program as a table: one row an op, with shapes, formats, bytes of weights read and FLOPs."""
-    program = _opened(path, quantize).program(1)
+    program = open_network(path, quantize).program(1)
     header = ("#", "op", "inputs", "outputs", "weights", "bytes", "FLOPs")
     rows: list[tuple[str, ...]] = [
         (
@@ -95,9 +60,9 @@ def program_table(path: str | Path, quantize: str | None = None) -> tuple[tuple[
     return header, rows
 
 
-def _opened(path: str | Path, quantize: str | None) -> Network:
+def open_network(path: str | Path, quantize: str | None = None) -> Network:
     """The network of a model, of a plan where there are settings and no weights; of a folder that is to be quantised on
-    loading, as it will be."""
+    loading, as it will be. Reads headers alone; raises the same errors as opening the model would."""
     from localmoe.loader.planning import is_plan, open_plan  # late: models themselves need none of it
 
     path = Path(path).expanduser()
@@ -126,10 +91,17 @@ def _model(network: Network) -> list[tuple[str, str]]:
     return rows + [(what, str(value)) for what, value in more.items() if value]
 
 
-def _parameters(network: Network, routed: list[Op]) -> list[tuple[str, str]]:
+def parameters(network: Network) -> tuple[int, int]:
+    """(all, those that are active for one token)."""
+    routed = [op for op in network.program(1).ops if op.name == "experts"]
     total = sum(w.elements for w in network.tensors.values())
     asleep = sum(w.elements * (w.shape[0] - op.inputs[1].shape[1]) // w.shape[0] for op in routed for w in op.weights)
-    rows = [("total", _count(total)), ("active per token", _count(total - asleep))]
+    return total, total - asleep
+
+
+def _parameters(network: Network, routed: list[Op]) -> list[tuple[str, str]]:
+    total, active = parameters(network)
+    rows = [("total", readable_count(total)), ("active per token", readable_count(active))]
     if routed:
         chosen, experts = routed[0].inputs[1].shape[1], routed[0].weights[0].shape[0]
         layers = "1 layer" if len(routed) == 1 else f"{len(routed)} layers"
@@ -183,19 +155,11 @@ def _states(program: Program) -> list[tuple[str, str]]:
     return [("recurrent states", size)] if slots else []
 
 
-def _vocabulary_nbytes(network: Network) -> int:
-    metadata, tokens = network.source.metadata, int(network.config.vocabulary)
-    if metadata.get("tokenizer.ggml.model") == "llama":  # its merges are made from scores
-        return NBYTES_PER_SCORED_TOKEN * tokens
-    merges = metadata.get("tokenizer.ggml.merges")
-    return NBYTES_PER_TOKEN_OR_MERGE * (tokens + (len(merges) if isinstance(merges, list) else tokens))
-
-
 def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     return " ".join("×".join(map(str, s)) for s in shapes)
 
 
-def _count(parameters: int) -> str:
+def readable_count(parameters: int) -> str:
     """1234567 -> "1.23 M"."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
         if parameters >= size:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,11 @@ import numpy.typing as npt
 
 from localmoe.arch.table import family
 from localmoe.errors import DeviceError, FileFormatError, SettingError
+from localmoe.experts import budget
+from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
+from localmoe.experts.residence import Residence, expert_ops, settle
+from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
@@ -36,7 +41,6 @@ if TYPE_CHECKING:
 CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
 SCORE_CHUNK, SCORE_NBYTES = 64, 1 << 27  # all logits of a scoring step are kept: at least 64 rows, at most 128 MB
 DEFAULT_CONTEXT = 8192
-AHEAD = 0.75  # of the available memory may be weights that are read before they are used
 
 
 class Network:
@@ -72,11 +76,16 @@ class Network:
             self._programs[tokens, all_rows] = trace(forward, tokens, all_rows=all_rows)
         return self._programs[tokens, all_rows]
 
-    def weights_by_use(self) -> list[Weight]:
+    def weights_by_use(self, *, experts: bool = True) -> list[Weight]:
         """The matrices that one token reads, in the order of their use, and after them the experts, of which it may
         read any; of the embedding it reads one row."""
-        ops = [op for op in self.program(1).ops if op.name != "embed"]
+        ops = [op for op in self.program(1).ops if op.name != "embed" and (experts or op.name != "experts")]
         return [weight for op in sorted(ops, key=lambda op: op.name == "experts") for weight in op.matrices]
+
+    def needed(self, context: int, kv_format: str) -> budget.Needed:
+        """What a chat with a context of so many tokens needs beside the weights; compiles nothing."""
+        programs = [self.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
+        return budget.needed(programs, self.source.metadata, int(self.config.vocabulary), context, kv_format)
 
 
 class Model:
@@ -100,9 +109,6 @@ class Model:
         Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does
         not fit.
         """
-        if loading.mode == "slots":
-            raise SettingError("loading mode slots is not built yet")
-        self.loading = loading
         self.source = open_source(path)
         self._soundness = Soundness(self.source.files)
         if quantize is None:
@@ -117,19 +123,17 @@ class Model:
         self.path = self.source.path
         self.context = self._fitting_context(context, kv_format)
         self.chunk = min(CHUNK, self.context)
-        if loading.mode == "off":
-            read_all(self.source, progress)
+        self._kv_format, self._progress = kv_format, progress
         self.device: Device = open_device(
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
-        fits = self.source.nbytes < AHEAD * available_nbytes()
-        self._prefault = Prefault(self.network.weights_by_use() if loading.mode == "auto" and fits else ())
+        self._history = self._fresh_history()
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._states = States(self.network.program(1).state_slots)
-        # Compiled now, under the progress bar, and not when the first answer is awaited.
-        sizes = sorted({1, self.chunk})
-        plans = self.device.compile_all([self.network.program(tokens) for tokens in sizes])
-        self._plans: dict[tuple[int, bool], Plan] = {(n, False): plan for n, plan in zip(sizes, plans, strict=True)}
+        self._residence: Residence | None = None
+        self._prefault = Prefault(())
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self.change_loading(loading)
         self._soundness.check()
 
     @property
@@ -162,31 +166,60 @@ class Model:
     @property
     def residency_mode(self) -> str:
         """What runs: "off", "mmap" or "slots"."""
-        return "off" if self.loading.mode == "off" else "mmap"
+        return self._running.mode
 
     @property
     def loading_reason(self) -> str:
         """What was chosen and why, in one line."""
-        return "as asked"
+        return self._running.why
 
     def change_loading(self, loading: Loading) -> None:
         """Load in another way from now on; what stands in the KV cache stays. Raises LocalMoeError: then the old way
         goes on."""
-        if loading.mode == "slots":
-            raise SettingError("loading mode slots is not built yet")
-        self.loading = loading
+        before = self._residence
+        program = self.network.program(1)
+        sizes = Sizes.of(self.network.tensors, program)
+        found = settle(loading, self.source, program, sizes, self._needed_nbytes, self._history)
+        try:
+            if found.mode == "off":
+                read_all(self.source, self._progress)
+            # Compiled now, under the progress bar, and not when the first answer is awaited.
+            lengths = sorted({1, self.chunk})
+            plans = self.device.compile_all([self.network.program(n) for n in lengths], found.experts)
+        except BaseException:
+            found.close()
+            raise
+        self._prefault.stop()
+        self.loading, self._residence = loading, found
+        self._plans = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
+        ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
+        self._prefault = Prefault(self.network.weights_by_use(experts=found.mode != "slots") if ahead else ())
+        if before:
+            before.close()
 
     def counts(self) -> Counts:
-        """What became of the experts that were chosen since the model was opened; zeros where nobody counts."""
-        return Counts()
+        """What became of the experts that were chosen since the mode was taken up; zeros where nobody counts."""
+        return self._running.counts()
 
     def room(self) -> Room | None:
         """None unless experts are in slots."""
-        return None
+        return self._running.room()
 
     def uses(self) -> npt.NDArray[np.int64] | None:
         """Tokens that chose each expert since opening, (layers, experts); None where nobody counts."""
-        return None
+        return self._running.uses()
+
+    def _needed_nbytes(self) -> int:
+        return self.network.needed(self.context, self._kv_format).nbytes
+
+    @property
+    def _running(self) -> Residence:
+        assert self._residence is not None
+        return self._residence
+
+    def _fresh_history(self) -> History | None:
+        ops = expert_ops(self.network.program(1))
+        return History(len(ops), max(op.weights[0].shape[0] for op in ops)) if ops else None
 
     @property
     def name(self) -> str:
@@ -270,7 +303,9 @@ class Model:
             plan, at = self._plan(1 if decoding else step, all_rows=all_logits), position + start
             slots = self._states.begin(at, piece.size, marked=not decoding)
             self._soundness.begin()
+            begun = perf_counter()
             pieces.append(plan.run(piece, at, slots))
+            self._running.step(perf_counter() - begun)
             self._soundness.check()
             self._states.finish(slots, at, piece.size)
             self.cached.extend(piece.tolist())
@@ -303,13 +338,15 @@ class Model:
         self.cached.clear()
         self._states.clear()
         self._plans.clear()
+        self._running.close()
         self.device.close()
         self._soundness.close()
 
     def _plan(self, tokens: int, *, all_rows: bool) -> Plan:
         key = (tokens, all_rows)
         if key not in self._plans:
-            self._plans[key] = self.device.compile(self.network.program(tokens, all_rows=all_rows))
+            program = self.network.program(tokens, all_rows=all_rows)
+            self._plans[key] = self.device.compile(program, self._running.experts)
         return self._plans[key]
 
     def _fitting_context(self, asked: int | None, kv_format: str) -> int:

@@ -10,8 +10,9 @@ from tiny_models import deepseek2, qwen3moe
 import localmoe.inspection
 import localmoe.kernels.reference_weights
 from localmoe.errors import SettingError
+from localmoe.experts.budget import PYTHON_NBYTES, Needed
 from localmoe.formats import KV_FORMATS
-from localmoe.inspection import PYTHON_NBYTES, Needed, needed, program_table, report
+from localmoe.inspection import needed, program_table, report
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.lower import Lowering
 from localmoe.loader.locate import open_source

@@ -12,6 +12,7 @@ import pytest
 from tiny_models import deepseek2
 
 import localmoe
+import localmoe.experts.residence
 import localmoe.model
 from localmoe.formats import F32, Weight
 from localmoe.prefault import PIECE, Prefault
@@ -56,10 +57,10 @@ def test_it_stops_between_two_pieces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lazy", "share", "ahead"), [("auto", 0.75, True), ("auto", 0.0, False), ("mmap", 0.75, False)]
+    ("lazy", "free", "ahead"), [("auto", 1 << 40, True), ("auto", 1 << 20, False), ("mmap", 1 << 40, False)]
 )
 def test_weights_that_fit_the_memory_are_read_ahead_in_auto_mode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: str, share: float, ahead: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: str, free: int, ahead: bool
 ) -> None:
     read: list[Weight] = []
 
@@ -69,7 +70,7 @@ def test_weights_that_fit_the_memory_are_read_ahead_in_auto_mode(
             super().__init__(())
 
     monkeypatch.setattr(localmoe.model, "Prefault", Recorded)
-    monkeypatch.setattr(localmoe.model, "AHEAD", share)
+    monkeypatch.setattr(localmoe.experts.residence, "available_nbytes", lambda: free)
     model = localmoe.load(deepseek2(tmp_path / "tiny.gguf"), lazy=lazy)
     matrices = {weight.name for op in model.network.program(1).ops if op.name != "embed" for weight in op.matrices}
     model.close()

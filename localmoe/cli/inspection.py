@@ -1,15 +1,25 @@
-"""`inspect`: what is in a model file; knows how it is shown, not how it is found out."""
+"""`inspect`, `plan` and `doctor`: what is in a model file, what running it would be like, and why it is slow; knows how
+that is shown, not how it is found out."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli.command import MODEL_HELP, AsJson, Context, KeyValueFormat, Quantize, app
+from localmoe.cli.command import MODEL_HELP, AsJson, Context, KeyValueFormat, ModelArgument, Quantize, app
 from localmoe.errors import SettingError
+from localmoe.memory import parse_rate, parse_size
+
+if TYPE_CHECKING:
+    from localmoe.inspection import Section
+    from localmoe.repl.render import Screen
+
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory for everything: 8GiB. Without it, what is free now.")
+]
 
 
 @app.command(name="inspect")
@@ -40,8 +50,62 @@ def inspect_model(
             found["program"] = [dict(zip(header, row, strict=True)) for row in rows]
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
+    show(screen, sections)
+    if program:
+        screen.rows(rows, header)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help=MODEL_HELP + " A config.json will do.", show_default=False)
+    ],
+    memory: Memory = None,
+    disk_speed: Annotated[
+        str | None, typer.Option(metavar="RATE", help="Of the disk: 1.2GB/s. Without it, the file is read for 0.5 s.")
+    ] = None,
+    context: Context = None,
+    kv: KeyValueFormat = "f16",
+    quantize: Quantize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a model would run in so much memory, before it is loaded or downloaded."""
+    budget = None if memory is None else parse_size(memory)
+    disk = None if disk_speed is None else parse_rate(disk_speed)
+    from localmoe import outlook
+    from localmoe.inspection import open_network
+    from localmoe.repl.render import Screen
+
+    network = open_network(model, quantize)
+    found = outlook.outlook(network, memory=budget, disk=disk, context=context, kv_format=kv)
+    if as_json:
+        print(json.dumps(outlook.numbers(found), indent=2, ensure_ascii=False))
+    else:
+        show(Screen(), outlook.sections(found))
+    if found.refusal:
+        raise SettingError(f"{model}: {found.refusal}")
+
+
+@app.command()
+def doctor(
+    model: ModelArgument,
+    memory: Memory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a model is slow here, and what to try next."""
+    budget = None if memory is None else parse_size(memory)
+    from localmoe.doctor import examine, sections
+    from localmoe.inspection import open_network
+    from localmoe.repl.render import Screen
+
+    found = sections(examine(open_network(model), memory=budget))
+    if as_json:
+        print(json.dumps({title: dict(entries) for title, entries in found}, indent=2, ensure_ascii=False))
+    else:
+        show(Screen(), found)
+
+
+def show(screen: Screen, sections: list[Section]) -> None:
     for title, entries in sections:
         screen.line(title, "bold")
         screen.rows([("  " + key, value) for key, value in entries])
-    if program:
-        screen.rows(rows, header)

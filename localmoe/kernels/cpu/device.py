@@ -214,8 +214,9 @@ class CpuPlan:
 
     def _all_there(self, pause: Pause, tokens: int) -> bool:
         guess = self._view(pause.guess, tokens) if pause.guess else None
+        whole = pause.layer.choose(self._view(pause.ids, tokens), guess)
         pause.list_all()
-        return pause.layer.choose(self._view(pause.ids, tokens), guess)
+        return whole
 
     def _waves(self, pause: Pause, tokens: int) -> int:
         """Runs the entries from the router to the last wave, of which none is run before its experts are in memory."""

@@ -262,6 +262,8 @@ def _lower_one(lowering: Lowering, op: Op) -> None:
         place = (Function(name), table, weight.row_nbytes, form, 0, apart, lowering.at(target))
         arguments += [*place, weight.columns, weight.rows, bias]
     lowering.emit("experts_gemv", x, lowering.at(ids), wave.listed, 2, *arguments)
+    if lowering.residency:  # a wave's rows are shared out otherwise than all rows, which `glu` takes
+        lowering.barrier()
     hidden, closed = lowering.scratch((1, used * width)).heads(used), lowering.scratch((used, down.rows))
     flow = (lowering.at(opened[0]), lowering.at(opened[1]), lowering.at(hidden))
     lowering.emit(f"glu_{op.attributes['kind']}", x, *flow, width * used, 0)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from localmoe.formats import SCALED, Weight
+from localmoe.kernels.cpu import scaled
 from localmoe.kernels.cpu.arguments import At
 from localmoe.kernels.program import Op, Tensor
 from localmoe.kernels.residency import Addresses, ExpertLayer, Ids
@@ -36,14 +38,22 @@ class Pause:
     last: int
     listed: npt.NDArray[np.int64]
     counters: At | None  # of a chunk, cleared before each wave
+    records: tuple[npt.NDArray[np.int64] | None, ...]  # of matrices with scales, see `scaled.record`
 
     def list_all(self) -> None:
+        self._renew_records()
         self.listed[:] = [self.listed.size - 1, *range(self.listed.size - 1)]
 
     def list_ready(self, ready: Ids, ids: Ids) -> None:
         """Those experts of a chunk, or the choices of them of a token."""
+        self._renew_records()
         items = ready if self.counters is not None else np.flatnonzero(np.isin(ids[0], ready))
         self.listed[0], self.listed[1 : items.size + 1] = items.size, items
+
+    def _renew_records(self) -> None:
+        for record, addresses in zip(self.records, self.layer.addresses, strict=True):
+            if record is not None:
+                record[:, 0] = addresses
 
 
 class Wave:
@@ -56,6 +66,7 @@ class Wave:
         self._layer = lowering.residency.layer(op) if lowering.residency else None
         lowering.kept.append(self._list)
         self.listed: int = self._list.ctypes.data
+        self._records: list[npt.NDArray[np.int64] | None] = []
         self.tables = self._tables(self._layer.addresses) if self._layer else self._mapped()
 
     def end(self) -> None:
@@ -64,11 +75,29 @@ class Wave:
             return
         ids, ahead = self._op.inputs[1], guess(self._op)
         place = (self._lowering.entries_until(ahead or ids), self._first, self._lowering.entry_count)
-        self._lowering.pauses.append(Pause(self._layer, ids, ahead, *place, self._list, self._counters))
+        self._lowering.pauses.append(
+            Pause(self._layer, ids, ahead, *place, self._list, self._counters, tuple(self._records))
+        )
 
     def _mapped(self) -> tuple[int, ...]:
         return tuple(self._lowering.addresses(weight) for weight in self._op.matrices)
 
     def _tables(self, addresses: tuple[Addresses, ...]) -> tuple[int, ...]:
-        self._lowering.kept += addresses
-        return tuple(array.ctypes.data for array in addresses)
+        """Of the layer's own addresses, which change; of records that hold them where matrices have scales."""
+        tables = []
+        for weight, array in zip(self._op.matrices, addresses, strict=True):
+            record = self._record(weight) if weight.format.name in SCALED else None
+            self._records.append(record)
+            self._lowering.kept.append(array)
+            places = array.ctypes.data
+            if record is not None:
+                places = self._lowering.table(record.ctypes.data + record.strides[0] * np.arange(len(record)))
+            tables.append(places)
+        return tuple(tables)
+
+    def _record(self, weight: Weight) -> npt.NDArray[np.int64]:
+        records = [scaled.record(weight, i) for i in range(len(weight.slabs))]
+        self._lowering.kept += [values for _, values in records]
+        found = np.array([numbers for numbers, _ in records], np.int64)
+        self._lowering.kept.append(found)
+        return found

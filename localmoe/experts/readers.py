@@ -1,0 +1,110 @@
+"""A small team of threads that read experts into memory; knows neither layers nor policies.
+
+The thread that computes asks and looks whether a load is complete. It may be interrupted between any two of its steps
+(Ctrl+C): then a load that it asked for goes on, and one that it did not quite ask for is asked for again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from localmoe.errors import DeviceError
+from localmoe.experts.reading import FileReader
+
+T = TypeVar("T")
+PATIENCE = 0.5  # seconds between two looks at whether the readers are still there
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Piece:
+    """One read: so many bytes from `offset` of a file to `buffer`, all as the reader's alignment asks."""
+
+    reader: FileReader
+    offset: int
+    buffer: memoryview
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """What has to be read before an expert is there: several threads may take a piece each."""
+
+    pieces: deque[Piece]
+    count: int
+    key: int
+    slot: int
+    ahead: bool = False  # nobody waits for it yet
+    asked: bool = False
+    error: BaseException | None = None
+    read: deque[None] = field(default_factory=deque)  # one for each piece that is done; appending is atomic
+
+    @property
+    def complete(self) -> bool:
+        return len(self.read) == self.count
+
+
+class Readers:
+    """`count` threads; what is waited for comes before what is read ahead, each in the order of asking."""
+
+    def __init__(self, count: int) -> None:
+        self._urgent: deque[Load] = deque()
+        self._later: deque[Load] = deque()
+        self._tokens: SimpleQueue[bool] = SimpleQueue()  # one for each look that a thread is to take
+        self._finished: SimpleQueue[None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name="reader", daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def ask(self, load: Load) -> None:
+        """Begin to read; asking again for what is waiting already does no harm, and makes it urgent."""
+        (self._later if load.ahead else self._urgent).append(load)
+        self._tokens.put(True)
+        load.asked = True
+
+    def wait(self, loads: Iterable[Load]) -> None:
+        """Until some piece has been read, or a while has passed. Raises DeviceError when no thread is left."""
+        for load in loads:
+            if not load.asked or load.ahead:
+                load.ahead = False
+                self.ask(load)
+        try:
+            self._finished.get(timeout=PATIENCE)
+        except Empty:
+            if not any(thread.is_alive() for thread in self._threads):
+                raise DeviceError("the threads that read experts have ended: open the model again") from None
+
+    def close(self) -> None:
+        """Returns when no thread writes to memory any more; a read that hangs is waited for."""
+        self._urgent.clear()
+        self._later.clear()
+        for _ in self._threads:
+            self._tokens.put(False)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while self._tokens.get():
+            load = _first(self._urgent) or _first(self._later)
+            piece = _first(load.pieces) if load else None
+            if load is None or piece is None:  # taken by others
+                continue
+            if load.pieces:
+                (self._later if load.ahead else self._urgent).appendleft(load)
+                self._tokens.put(True)
+            try:
+                piece.reader.read(piece.buffer, piece.offset)
+            except BaseException as error:  # a thread must never end with a load that looks unfinished
+                load.error = error
+            load.read.append(None)
+            self._finished.put(None)
+
+
+def _first(waiting: deque[T]) -> T | None:
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None

@@ -1,0 +1,141 @@
+"""What a way of loading comes to for one model: the mode that runs, why, and who keeps its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from localmoe.errors import SettingError
+from localmoe.experts.choice import choose
+from localmoe.experts.history import History
+from localmoe.experts.loading import Loading
+from localmoe.experts.mapped import MappedExperts
+from localmoe.experts.pieces import pieces
+from localmoe.experts.policies import policy_of
+from localmoe.experts.pressure import Pressure
+from localmoe.experts.probe import probe
+from localmoe.experts.sizes import Sizes
+from localmoe.experts.slots import SlotExperts, least_room
+from localmoe.experts.telemetry import Counts, Room
+from localmoe.experts.trace import Header, TraceWriter
+from localmoe.kernels.program import Op, Program
+from localmoe.loader.source import Source
+from localmoe.memory import available_nbytes, readable_size
+
+SMALL = 2  # times the weights: what fits so often needs no reckoning
+ROUNDING = 1.005  # so that a size that is named as enough is, once it is rounded to three places
+SHARE = 0.9  # of the free memory is the budget where none was asked for: the system needs some for itself
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Residence:
+    """`mode` is "off", "mmap" or "slots"; `fits`: the page cache may have it all, and it is worth reading ahead."""
+
+    mode: str
+    why: str
+    fits: bool
+    sizes: Sizes
+    budget: int
+    beside: int
+    experts: SlotExperts | MappedExperts | None = None
+    pressure: Pressure | None = None
+
+    def step(self, seconds: float) -> None:
+        """Behind each step: it took so long."""
+        if self.experts:
+            self.experts.count(seconds=seconds)
+        if self.pressure:
+            self.pressure.look()
+
+    def counts(self) -> Counts:
+        return self.experts.counts if self.experts else Counts()
+
+    def uses(self) -> npt.NDArray[np.int64] | None:
+        return self.experts.history.uses if self.experts else None
+
+    def room(self) -> Room | None:
+        if not isinstance(self.experts, SlotExperts):
+            return None
+        held, room = self.experts.held_nbytes, self.experts.room_nbytes
+        return Room(self.sizes.experts, room, held, self.budget, self.sizes.dense, self.beside)
+
+    def close(self) -> None:
+        if self.experts:
+            self.experts.close()
+
+
+def settle(
+    loading: Loading, source: Source, program: Program, sizes: Sizes, needed: Callable[[], int], history: History | None
+) -> Residence:
+    """Decides what "auto" means now, and opens what is needed for it. `program` is that of one token, `needed` tells
+    the bytes that are needed beside the weights; `history` None: the model has no experts.
+
+    Raises SettingError for a budget that is too small, with the smallest that would do.
+    """
+    budget = loading.memory or int(SHARE * available_nbytes())
+    ops = expert_ops(program)
+    small = SMALL * sizes.weights < budget and loading.mode != "slots"
+    beside = 0 if small else needed()  # which takes a moment, and small models should start at once
+    mode, why, disk = loading.mode, "as asked", None
+    if mode == "auto":
+        choice = choose(sizes, beside, budget, promised=loading.memory is not None)
+        if choice.mode == "slots" and (disk := probe(pieces(weight for op in ops for weight in op.matrices))):
+            choice = replace(choice, why=f"{choice.why}; disk {readable_size(disk.best.nbytes_per_second)}/s")
+        mode, why = choice.mode, choice.why
+    fits = sizes.weights + beside <= budget
+    how = (mode, why, fits, sizes, budget, beside)
+    if mode == "slots":
+        if history is None:
+            raise SettingError(f"{source.path}: the model has no experts to keep in slots; --lazy mmap and off will do")
+        room = room_for_experts(loading, source, ops, sizes, budget, beside)
+        store = SlotExperts(
+            ops,
+            source.files,
+            room,
+            policy_of(loading.policy),
+            history,
+            direct=disk is None or disk.way == "direct",
+            lookahead=loading.lookahead,
+            trace=_trace(loading, source, ops),
+        )
+        return Residence(*how, store, Pressure(store))
+    if history is not None and (loading.trace or not fits):
+        return Residence(*how, MappedExperts(ops, history, advise=not fits, trace=_trace(loading, source, ops)))
+    return Residence(*how)
+
+
+def room_for_experts(
+    loading: Loading, source: Source, ops: Sequence[Op], sizes: Sizes, budget: int, beside: int
+) -> int:
+    """Bytes for slots within the budget. Raises SettingError where they are too few."""
+    fixed, least = sizes.dense + beside, least_room(ops)
+    room = min(budget - fixed, loading.expert_cache or budget)
+    if room >= least:
+        return room
+    if loading.expert_cache is not None and loading.expert_cache < least:
+        raise SettingError(
+            f"{source.path}: an expert cache of {readable_size(loading.expert_cache)} is too small; at least "
+            f"{readable_size(ROUNDING * least)} are needed"
+        )
+    raise SettingError(
+        f"{source.path}: {readable_size(budget)} of memory are too few: {readable_size(sizes.dense)} of weights that "
+        f"always stay, {readable_size(beside)} beside them and {readable_size(least)} for experts need at least "
+        f"{readable_size(ROUNDING * (fixed + least))}"
+    )
+
+
+def _trace(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter | None:
+    if loading.trace is None:
+        return None
+    first = ops[0]
+    nbytes = tuple(sum(weight.nbytes // weight.shape[0] for weight in op.matrices) for op in ops)
+    name = str(source.metadata.get("general.name") or source.path.stem)
+    header = Header(name, len(ops), first.weights[0].shape[0], first.inputs[1].shape[1], nbytes)
+    return TraceWriter(loading.trace, header)
+
+
+def expert_ops(program: Program) -> list[Op]:
+    return [op for op in program.ops if op.name == "experts"]

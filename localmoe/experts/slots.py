@@ -1,0 +1,341 @@
+"""Experts in slots: memory of our own and bounded, filled by reader threads, emptied by a policy; see `residency.py`.
+
+A key is layer · E + expert. All that is written here is written by the thread that computes, in an order that leaves
+the tables true wherever Ctrl+C strikes; readers fill memory and say so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+
+from localmoe.errors import LocalMoeError, SettingError
+from localmoe.experts.history import History
+from localmoe.experts.policies import Policy
+from localmoe.experts.pool import CLOSED, FREE, Pool
+from localmoe.experts.readers import Load, Piece, Readers
+from localmoe.experts.reading import BLOCK, FileReader
+from localmoe.experts.telemetry import Counts
+from localmoe.experts.trace import TraceWriter
+from localmoe.formats import Weight
+from localmoe.kernels.program import Op
+from localmoe.kernels.residency import Addresses, Ids
+from localmoe.loader.files import MappedFile, by_address, place
+
+THREADS = 4  # readers: two reads in flight nearly saturate a disk, and a thread that computes is in the way of one
+IN_FLIGHT = 8  # experts of a prompt's chunk that are read while others are multiplied
+PASSAGE = 4  # slots that a layer may fill at least while it reads a prompt: two are read while two are multiplied
+NOBODY = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What an expert of a layer takes in a slot: where each matrix has its room."""
+
+    starts: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, op: Op) -> Size:
+        rooms = [-(-w.slabs[0].size // BLOCK) * BLOCK + BLOCK for w in op.matrices]  # a file's bytes begin anywhere
+        return cls(tuple(sum(rooms[:i]) for i in range(len(rooms))), sum(rooms))
+
+
+class SlotExperts:
+    """A Residency of all `experts` ops of a model, whose weights are views of `files`; `room` in bytes."""
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        files: Sequence[MappedFile],
+        room: int,
+        policy: Policy,
+        history: History,
+        *,
+        direct: bool = True,
+        lookahead: bool = False,
+        trace: TraceWriter | None = None,
+    ) -> None:
+        """Raises SettingError where there is too little room for one token's experts of a layer, or where weights are
+        not as the files have them."""
+        self.lookahead, self.policy, self.history, self.trace = lookahead, policy, history, trace
+        self.counts = Counts()
+        self._files, self._direct = by_address(files), direct
+        self._readers: dict[MappedFile, FileReader] = {}
+        shape = history.uses.shape
+        self.width = shape[1]
+        self.ready = np.zeros(shape, bool)
+        self.held = np.zeros(shape, bool)
+        self.ahead = np.zeros(shape, bool)  # read because of a guess, and not chosen since
+        self.loading: dict[int, Load] = {}
+        self.pools = pools(ops, room)
+        self.layers = [SlotLayer(self, i, op, self.pools[Size.of(op)]) for i, op in enumerate(ops)]
+        self._by_weight = {id(layer.op.weights[0]): layer for layer in self.layers}
+        self.team = Readers(THREADS)
+
+    def layer(self, op: Op) -> SlotLayer:
+        return self._by_weight[id(op.weights[0])]
+
+    @property
+    def room_nbytes(self) -> int:
+        return sum(pool.nbytes for pool in self.pools.values())
+
+    @property
+    def held_nbytes(self) -> int:
+        return sum(int((pool.owner >= 0).sum()) * pool.slot_nbytes for pool in self.pools.values())
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.history.tick()
+        self.collect()
+        for load in [load for load in self.loading.values() if load.complete]:  # failed, and nobody waits any more
+            self._forget(load)
+        for pool in self.pools.values():  # what an interrupted step left half done
+            owned = np.flatnonzero(pool.owner >= 0)
+            lost = [s for s in owned if not self.ready.flat[pool.owner[s]] and pool.owner[s] not in self.loading]
+            pool.owner[lost] = FREE
+
+    def collect(self) -> None:
+        """Loads that are complete become experts that are there; those that failed make room, unless someone waits for
+        them and wants to hear why."""
+        for key, load in list(self.loading.items()):
+            if not load.complete:
+                continue
+            if load.error is None:
+                self.layers[key // self.width].settle(load)
+                self.ready.flat[key] = True
+            elif not load.ahead:
+                continue
+            self._forget(load)
+
+    def raise_error(self, keys: Sequence[int]) -> None:
+        """Why a load that somebody waits for has failed; it may be asked for again."""
+        for load in [self.loading[key] for key in keys if key in self.loading]:
+            if load.complete and load.error is not None:
+                self._forget(load)
+                if isinstance(load.error, LocalMoeError):
+                    raise load.error
+                raise SettingError(f"an expert could not be read: {load.error!r}") from load.error
+
+    def _forget(self, load: Load) -> None:
+        del self.loading[load.key]
+        if load.error is not None:
+            self.layers[load.key // self.width].pool.owner[load.slot] = FREE
+
+    def wait(self, keys: Sequence[int]) -> None:
+        """Until something has been read, for a step that can do nothing else."""
+        start = perf_counter()
+        self.team.wait([self.loading[key] for key in keys if key in self.loading])
+        self.counts = replace(self.counts, waited_seconds=self.counts.waited_seconds + perf_counter() - start)
+
+    def count(self, **more: float) -> None:
+        self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in more.items()})
+
+    def shrink(self, share: float) -> None:
+        """Give back so much of every pool's memory, the least useful experts first; loads that are running stay."""
+        for pool in self.pools.values():
+            least = max(layer.used for layer in self.layers if layer.pool is pool)
+            for _ in range(min(int(share * pool.open_slots), pool.open_slots - least)):
+                slot = pool.free()
+                slot = self.victim(pool, None) if slot is None else slot
+                if slot is None:
+                    break
+                pool.give_back(slot)
+
+    def grow(self, share: float) -> None:
+        """Open so much of every pool again, where it was given back."""
+        for pool in self.pools.values():
+            closed = np.flatnonzero(pool.owner == CLOSED)
+            pool.owner[closed[: 1 + int(share * pool.owner.size)]] = FREE
+
+    def victim(self, pool: Pool, layer: SlotLayer | None) -> int | None:
+        """The slot of the expert that goes first, its expert gone; None where every one is in use.
+
+        With a `layer`, which reads a prompt, one of its own if it has its share, else of those that have more than
+        theirs: a long prompt passes through few slots and leaves the others as they are.
+        """
+        may_go = pool.owner >= 0
+        may_go[may_go] = (self.ready & ~self.held).flat[pool.owner[may_go]]
+        if layer is not None:
+            owners = pool.owner // self.width
+            sizes = np.bincount(owners[pool.owner >= 0], minlength=len(self.layers))
+            if sizes[layer.index] >= pool.share:
+                may_go &= owners == layer.index
+            elif (beyond := may_go & (sizes[owners] > pool.share)).any():
+                may_go = beyond
+        slots = np.flatnonzero(may_go)
+        if not slots.size:
+            return None
+        slot = int(slots[np.argmin(self.policy(self.history).flat[pool.owner[slots]])])
+        self.ready.flat[pool.owner[slot]] = False
+        pool.owner[slot] = FREE
+        return slot
+
+    def close(self) -> None:
+        """Stop reading; the slots must not be used any more."""
+        self.team.close()
+        for reader in self._readers.values():
+            reader.close()
+        if self.trace:
+            self.trace.close()
+
+    def find(self, weight: Weight, matrix: int) -> tuple[FileReader, int, int]:
+        """Where a matrix lies: the file's reader, offset and size in bytes."""
+        slab = weight.slabs[matrix]
+        found = place(self._files, slab.ctypes.data, slab.size)
+        if found is None:
+            raise SettingError(
+                f"{weight.name}: its experts are not as the file has them but made when it is opened: "
+                "--lazy slots is not possible; mmap and off are"
+            )
+        file, offset = found
+        if file not in self._readers:
+            self._readers[file] = FileReader(file, self._direct)
+        return self._readers[file], offset, slab.size
+
+
+class SlotLayer:
+    """The experts of one op."""
+
+    def __init__(self, store: SlotExperts, index: int, op: Op, pool: Pool) -> None:
+        self.store, self.index, self.op, self.pool = store, index, op, pool
+        self.count, self.used = op.weights[0].shape[0], op.inputs[1].shape[1]
+        self.size = Size.of(op)
+        for weight in op.matrices:
+            store.find(weight, 0)
+        zeros = [np.zeros(self.count, np.int64) for _ in op.matrices]
+        self._addresses: tuple[Addresses, Addresses, Addresses] = (zeros[0], zeros[1], zeros[2])
+        self.first = index * store.width  # the key of its expert 0
+        self._there: Ids = NOBODY
+        self._missing: list[int] = []
+        self._prompt = False
+
+    @property
+    def addresses(self) -> tuple[Addresses, Addresses, Addresses]:
+        return self._addresses
+
+    def choose(self, ids: Ids, guess: Ids | None = None) -> bool:
+        store = self.store
+        if self.index == 0:
+            store.begin()
+        store.collect()
+        experts, counts = np.unique(ids, return_counts=True)
+        store.history.used(self.index, experts, counts)
+        if store.trace:
+            store.trace.chose(store.history.clock, self.index, ids)
+        store.held[:] = False
+        there = store.ready[self.index][experts]
+        self._there, self._prompt = experts[there], len(ids) > 1
+        self._missing = experts[~there].tolist()
+        store.held[self.index][self._there] = True
+        guessed = int(store.ahead[self.index][self._there].sum())
+        store.ahead[self.index][experts] = False
+        hits = self._there.size
+        store.count(steps=self.index == 0, tokens=len(ids) * (self.index == 0), chosen=experts.size, hits=hits)
+        store.count(ahead_used=guessed)
+        self._ask(self._missing)
+        if guess is not None and len(ids) == 1 and self.index + 1 < len(store.layers):
+            store.layers[self.index + 1].expect(guess)
+        return not self._missing
+
+    def waves(self) -> Iterator[Ids]:
+        store, missing, ready = self.store, self._missing, self._there
+        while True:
+            if len(ready):
+                yield ready
+                store.held[self.index][ready] = False
+            if not missing:
+                return
+            ready = self._arrived(missing)
+            missing = [e for e in missing if e not in ready]
+
+    def _arrived(self, missing: list[int]) -> Ids:
+        """The first of the missing experts to be there, held; all that are by now."""
+        store, first = self.store, self.first
+        while True:
+            self._ask(missing)
+            store.collect()
+            store.raise_error([first + e for e in missing])
+            arrived = np.asarray([e for e in missing if store.ready[self.index, e]], np.int32)
+            if arrived.size:
+                store.held[self.index][arrived] = True
+                self._ask([e for e in missing if e not in arrived])
+                return arrived
+            store.wait([first + e for e in missing])
+
+    def expect(self, guess: Ids) -> None:
+        """Read ahead what may be chosen next, where nobody has to wait for it."""
+        for expert in np.unique(guess).tolist():
+            key = self.first + expert
+            if not self.store.ready.flat[key] and key not in self.store.loading and self._load(expert, ahead=True):
+                self.store.ahead.flat[key] = True
+                self.store.count(ahead_read=1)
+
+    def _ask(self, experts: Sequence[int]) -> None:
+        """Begin to read as many of these as there is room for, of a prompt's chunk a few at a time."""
+        store, first = self.store, self.first
+        running = sum(first + e in store.loading for e in experts)
+        for expert in experts:
+            if self._prompt and running >= IN_FLIGHT:
+                return
+            if first + expert in store.loading or store.ready[self.index, expert]:
+                continue
+            if not self._load(expert):
+                return
+            running += 1
+
+    def _load(self, expert: int, *, ahead: bool = False) -> bool:
+        """Give an expert a slot and have it read; False where every slot is in use."""
+        slot = self.pool.free()
+        if slot is None:
+            slot = self.store.victim(self.pool, self if self._prompt else None)
+        if slot is None:
+            return False
+        key, room = self.first + expert, self.pool.place(slot)
+        pieces: deque[Piece] = deque()
+        for weight, start in zip(self.op.matrices, self.size.starts, strict=True):
+            reader, offset, nbytes = self.store.find(weight, expert)
+            first, end = offset // BLOCK * BLOCK, -(-(offset + nbytes) // BLOCK) * BLOCK
+            pieces.append(Piece(reader, first, room[start : start + end - first]))
+        load = Load(pieces, len(pieces), key, slot, ahead)
+        self.pool.owner[slot] = key
+        self.store.loading[key] = load
+        self.store.team.ask(load)
+        self.store.count(nbytes_read=sum(len(piece.buffer) for piece in pieces))
+        return True
+
+    def settle(self, load: Load) -> None:
+        """The addresses of an expert that has been read."""
+        expert, slot = load.key - self.first, self.pool.address + load.slot * self.pool.slot_nbytes
+        for table, weight, start in zip(self._addresses, self.op.matrices, self.size.starts, strict=True):
+            table[expert] = slot + start + self.store.find(weight, expert)[1] % BLOCK
+
+
+def pools(ops: Sequence[Op], room: int) -> dict[Size, Pool]:
+    """Experts of different sizes have pools of their own, each with the same share of its experts."""
+    of_size: dict[Size, list[Op]] = {}
+    for op in ops:
+        of_size.setdefault(Size.of(op), []).append(op)
+    whole = sum(size.nbytes * op.weights[0].shape[0] for size, same in of_size.items() for op in same)
+    least = least_room(ops)
+    if room < least:
+        raise SettingError(f"{room} bytes for experts are too few: {least} are needed")
+    spare, found = min(room, whole) - least, {}
+    for size, same in of_size.items():
+        experts, used = sum(op.weights[0].shape[0] for op in same), max(op.inputs[1].shape[1] for op in same)
+        more = int(spare * (experts - used) / max(whole - least, 1)) if whole > least else 0
+        slots = min(used + more, experts)
+        found[size] = Pool(slots, size.nbytes, max(slots // len(same), min(PASSAGE, slots)))
+    return found
+
+
+def least_room(ops: Sequence[Op]) -> int:
+    """Bytes of the smallest slots that work: of each size of expert, as many as a token chooses in a layer."""
+    used: dict[Size, int] = {}
+    for op in ops:
+        used[Size.of(op)] = max(used.get(Size.of(op), 0), op.inputs[1].shape[1])
+    return sum(size.nbytes * count for size, count in used.items())

@@ -1,0 +1,194 @@
+"""The probe of a disk: how much it reads, what it leaves behind, and what it says."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import localmoe.experts.probe
+from localmoe.experts.pieces import Piece, cached_share, pieces
+from localmoe.experts.probe import ALIGNMENT, MOST_NBYTES, DiskSpeed, Rate, Reader, probe
+from localmoe.formats import FORMATS, Weight
+
+NBYTES = 48 * 1024 + 100  # of a matrix; neither it nor the place where the first begins is a multiple of a page
+EXPERTS, BEGIN = 64, 1000
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and the page cache")
+
+
+def experts(path: Path) -> Weight:
+    """A file of EXPERTS matrices on disk, none of it in the page cache, as the view that a loader gives."""
+    with open(path, "wb") as file:
+        file.write(np.random.default_rng(1).bytes(BEGIN + EXPERTS * NBYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    drop(path)
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    whole = np.frombuffer(data, np.uint8)[BEGIN:]
+    slabs = tuple(whole[i * NBYTES : (i + 1) * NBYTES] for i in range(EXPERTS))
+    return Weight("blk.0.ffn_gate_exps.weight", (EXPERTS, 1, NBYTES), FORMATS["I8"], slabs)
+
+
+def drop(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def without_direct_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localmoe.experts.probe, "_reads_directly", lambda path: False)
+
+
+def test_matrices_are_found_where_they_lie_in_the_file(tmp_path: Path) -> None:
+    weight = experts(tmp_path / "a file")
+    found = pieces([weight])
+    assert sorted(piece.start for piece in found) == [BEGIN + i * NBYTES for i in range(EXPERTS)]
+    assert {(piece.path, piece.nbytes) for piece in found} == {(tmp_path / "a file", NBYTES)}
+    content = (tmp_path / "a file").read_bytes()
+    by_address = {slab.ctypes.data: slab.tobytes() for slab in weight.slabs}
+    assert all(by_address[p.address] == content[p.start : p.start + NBYTES] for p in found)
+
+
+def test_memory_that_is_no_file_has_no_place(tmp_path: Path) -> None:
+    slab = np.zeros(100_000, np.uint8)
+    planned = np.broadcast_to(np.zeros(1, np.uint8), 100_000)  # of a model that is planned
+    weights = [Weight("x", (1, 100_000), FORMATS["I8"], (data,)) for data in (slab, planned)]
+    assert pieces(weights) == []
+    assert pieces([experts(tmp_path / "file")], maps=tmp_path / "nowhere") == []
+
+
+def test_the_share_in_the_page_cache_is_that_of_the_pages_read(tmp_path: Path) -> None:
+    weight = experts(tmp_path / "file")
+    found = pieces([weight])
+    assert cached_share(found) == 0
+    with open(tmp_path / "file", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), EXPERTS // 2 * NBYTES, BEGIN)
+    share = cached_share(found)
+    assert share is not None
+    assert 0.45 < share < 0.6
+    assert cached_share([]) is None
+
+
+def test_of_a_file_that_belongs_to_another_the_system_does_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = pieces([experts(tmp_path / "file")])
+    monkeypatch.setattr(os, "geteuid", lambda: -1)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cached_share(found) is None
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_probe_leaves_nothing_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    if not direct:
+        without_direct_reads(monkeypatch)
+    weight = experts(tmp_path / "file")
+    found = pieces([weight])
+    speed = probe(found, seconds=0.05)
+    assert speed is not None
+    assert cached_share(found) == 0
+    assert speed.read_nbytes >= NBYTES
+    assert all(rate.nbytes_per_second > 0 for rate in speed.rates)
+
+
+def test_what_is_cached_stays_so_and_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_direct_reads(monkeypatch)
+    weight = experts(tmp_path / "file")
+    (tmp_path / "file").read_bytes()
+    assert probe(pieces([weight]), seconds=0.05) is None
+    assert cached_share(pieces([weight])) == 1
+
+
+@pytest.mark.parametrize("way", ["direct", "buffered"])
+def test_a_reader_reads_whole_pages_around_a_piece(tmp_path: Path, way: localmoe.experts.probe.Way) -> None:
+    weight = experts(tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    drop(tmp_path / "file")
+    if way == "direct" and not localmoe.experts.probe._reads_directly(tmp_path / "file"):
+        pytest.skip("this file system reads through the page cache only")
+    with Reader(way, MOST_NBYTES) as reader:
+        for piece in pieces([weight]):
+            nbytes, start = reader.read(piece), piece.start & -ALIGNMENT
+            assert start + nbytes >= piece.start + piece.nbytes
+            assert reader._buffer[:nbytes] == content[start : start + nbytes]
+
+
+def test_a_reader_reads_no_more_than_its_limit(tmp_path: Path) -> None:
+    found = pieces([experts(tmp_path / "file")])
+    with Reader("buffered", ALIGNMENT) as reader:
+        assert reader.read(found[0]) == ALIGNMENT
+
+
+def test_a_slow_disk_is_not_read_for_longer_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_direct_reads(monkeypatch)
+    found = pieces([experts(tmp_path / "file")])
+    reads = []
+
+    def slow(file: int, buffers: list[memoryview], start: int) -> int:
+        time.sleep(0.05)
+        reads.append(len(buffers[0]))
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", slow)
+    assert probe(found, seconds=0.3) is not None
+    # One read to begin with; then 0.25 s, of which each thread of the three phases takes a third in turns of 0.05.
+    assert len(reads) <= 1 + (1 + 2 + 4) * 2
+
+
+def test_a_disk_on_which_the_first_read_takes_all_the_time_has_a_speed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_direct_reads(monkeypatch)
+    found = pieces([experts(tmp_path / "file")])
+
+    def slow(file: int, buffers: list[memoryview], start: int) -> int:
+        time.sleep(0.1)
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", slow)
+    speed = probe(found, seconds=0.05)
+    assert speed is not None
+    assert [(rate.way, rate.depth) for rate in speed.rates] == [("buffered", 1)]
+    assert speed.best.nbytes_per_second < NBYTES * 2 / 0.1
+
+
+def test_holes_of_a_sparse_file_tell_nothing(tmp_path: Path) -> None:
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(10 << 20)
+    with open(tmp_path / "sparse", "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    weight = Weight("x", (1, data.size), FORMATS["I8"], (data,))
+    assert probe(pieces([weight]), seconds=0.02) is None
+
+
+def test_nothing_is_said_of_no_pieces_and_of_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert probe([]) is None
+    assert probe([Piece(tmp_path / "gone", 0, NBYTES, 0)], seconds=0.02) is None
+
+
+def test_a_read_that_fails_ends_the_probe_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_direct_reads(monkeypatch)
+    found = pieces([experts(tmp_path / "file")])
+
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    assert probe(found, seconds=0.02) is None
+
+
+def test_the_page_cache_is_passed_by_unless_it_is_clearly_quicker_at_the_same_depth() -> None:
+    buffered = DiskSpeed(NBYTES, (Rate("direct", 1, 1e9), Rate("direct", 2, 1.4e9), Rate("buffered", 2, 1.6e9)))
+    direct = DiskSpeed(NBYTES, (Rate("direct", 2, 1.5e9), Rate("buffered", 2, 1.6e9), Rate("direct", 4, 2e9)))
+    alone = DiskSpeed(NBYTES, (Rate("direct", 1, 1e9), Rate("direct", 2, 0.9e9)))
+    assert [speed.way for speed in (buffered, direct, alone)] == ["buffered", "direct", "direct"]
+    assert [speed.best.depth for speed in (buffered, direct, alone)] == [2, 4, 1]
