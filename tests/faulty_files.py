@@ -22,7 +22,7 @@ Read = Callable[[FileReader, memoryview, int], int]
 
 @dataclass
 class FaultyDisk:
-    """What happens to reads from now on; every field may be changed while they run."""
+    """What happens to reads that begin from now on; every field may be changed while they run."""
 
     failing: float = 0.0  # how likely a read ends with an input/output error
     short: float = 0.0  # how likely it brings a part of what was asked for
@@ -61,15 +61,15 @@ class FaultyDisk:
             self.threads.add(threading.current_thread().name)
             fails, is_short = self._random.random() < self.failing, self._random.random() < self.short
             part = self._random.randint(1, max(1, len(buffer) - 1))
-            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile, self.meanwhile, broken = self.meanwhile, None, self.broken
         if meanwhile:
             meanwhile()
         if not self._moving.is_set():
             self.standing.set()
             self._moving.wait()
         time.sleep(self.delay)
-        if self.broken:
-            raise self.broken
+        if broken:
+            raise broken
         if fails:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if self.ended:
@@ -80,7 +80,7 @@ class FaultyDisk:
         return whole(reader, buffer, offset)
 
 
-def broken_disk(monkeypatch: pytest.MonkeyPatch, **faults: float) -> FaultyDisk:
+def broken_disk(monkeypatch: pytest.MonkeyPatch, **faults: object) -> FaultyDisk:
     """One that every FileReader reads from until the test ends."""
     disk, whole = FaultyDisk(**faults), FileReader._read_at  # type: ignore[arg-type]
     monkeypatch.setattr(FileReader, "_read_at", lambda reader, buffer, offset: disk.read(whole, reader, buffer, offset))

@@ -38,13 +38,13 @@ class Chat:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={**os.environ, "PYTHONPATH": path, "TERM": "dumb", "COLUMNS": "200", **environment},
+            env={**os.environ, "PYTHONPATH": path, "TERM": "dumb", **environment},
         )
         os.close(theirs)
         self.transcript = ""
         self._seen = 0
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str, seconds: float = 60) -> str:
         """What came since the last call, up to `text` and with it."""
         deadline = time.monotonic() + seconds
         while (at := self.transcript.find(text, self._seen)) < 0:
@@ -70,7 +70,8 @@ class Chat:
     def ask(self, message: str) -> str:
         """The answer to a message, and whatever was said beside it."""
         self.say(message)
-        return self.until("\n" + PROMPT).removesuffix("\n" + PROMPT).strip("\n")
+        found = self.until("\n" + PROMPT).removesuffix("\n" + PROMPT)
+        return found.removeprefix(message + "\n").strip("\n")  # echoed twice if it came before the prompt was ready
 
     def say(self, message: str) -> None:
         self.press(message + "\r")
