@@ -60,11 +60,20 @@ def flag(parameter: Any) -> tuple[str, str]:
     return written, (parameter.help or "") + default
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name, those of groups with the group's name before."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
 def sections() -> Iterator[str]:
     group = typer.main.get_command(app)
     yield HEAD
     yield f"{group.help}\n\n" + table(("flag", ""), map(flag, group.params))
-    for name, command in group.commands.items():
+    for name, command in commands(group):
         usual = [p for p in command.params if p.name not in GATHERED]
         kinds = dict.fromkeys(GATHERED[p.name] for p in command.params if p.name in GATHERED)
         more = " and the ".join(f"[{kind} flags](#{kind})" for kind in kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import DeviceError, SettingError
+from localmoe.experts.telemetry import Counts
 from localmoe.sampling import Sampler, SamplingSettings
 
 Finish = Literal["stop", "length", "context"]
@@ -37,7 +38,7 @@ class CausalModel(Protocol):
     `forward` runs 1 to `chunk` tokens at cache positions position…; `cached` is what stands in the cache, kept true by
     `forward` itself, whoever calls it and whatever interrupts it. With `prompt`, even one token is part of a prompt.
     `resumes` gives the last position up to another one from which it runs no cached token again: a recurrent model can
-    go back to some positions only.
+    go back to some positions only. `counts`: what became of the experts that were chosen since it was opened.
     """
 
     @property
@@ -50,6 +51,7 @@ class CausalModel(Protocol):
     def tokenizer(self) -> TextDecoder: ...
     def forward(self, tokens: Sequence[int], position: int, *, prompt: bool = False) -> npt.NDArray[np.float32]: ...
     def resumes(self, position: int) -> int: ...
+    def counts(self) -> Counts: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Stats:
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0
+    prefill_counts: Counts = field(default_factory=Counts)
+    decode_counts: Counts = field(default_factory=Counts)
 
 
 class Engine:
@@ -98,9 +102,10 @@ class Engine:
         self._check(prompt)
         stop = self.model.tokenizer.stop if stop is None else stop
         self.stats = stats = Stats(prompt_tokens=len(prompt), reused_tokens=self._reusable(prompt))
-        start = perf_counter()
+        start, before = perf_counter(), self.model.counts()
         logits = self._run(prompt, progress, prompt=True)
-        stats.prefill_seconds = perf_counter() - start
+        stats.prefill_seconds, read = perf_counter() - start, self.model.counts()
+        stats.prefill_counts = read - before
 
         sampler = Sampler(settings, prompt)
         stream = self._stream(prompt)
@@ -120,6 +125,7 @@ class Engine:
             prompt.append(token)
             logits = self._run(prompt)
             stats.decode_seconds += perf_counter() - start
+            stats.decode_counts = self.model.counts() - read
 
     def _check(self, prompt: list[int]) -> None:
         if not prompt:

@@ -122,6 +122,7 @@ class Model:
                 self.network = Network(self.source)  # which asks for every tensor
         self.path = self.source.path
         self.context = self._fitting_context(context, kv_format)
+        self.kv_format = kv_format
         self.chunk = min(CHUNK, self.context)
         self._kv_format, self._progress = kv_format, progress
         self.device: Device = open_device(
@@ -148,6 +149,11 @@ class Model:
     def nbytes(self) -> int:
         """Bytes of the weight files."""
         return self.source.nbytes
+
+    def cache_nbytes(self, tokens: int) -> int:
+        """Bytes of the KV cache that so many tokens fill, with the recurrent states, which do not grow."""
+        program = self.network.program(1)
+        return tokens * program.cache_nbytes(cache_format(self.kv_format)) + program.state_slots * program.state_nbytes
 
     @property
     def trained_context(self) -> int:

@@ -23,7 +23,7 @@ from localmoe.memory import available_nbytes, readable_size
 from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
 
 REACHED = 0.8  # of a limit by generating, see docs/performance.md: 72 to 89 % over formats and sizes
-READ_NBYTES = 1 << 28  # for the rate of memory: beyond the caches, and read in a tenth of a second
+READ_NBYTES = 1 << 27  # for the rate of memory: beyond the caches of a few cores, and read in a tenth of a second
 
 
 @dataclass(frozen=True, slots=True)

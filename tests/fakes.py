@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class FakeModel:
         self.loading, self.residency_mode, self.loading_reason = Loading(), "mmap", "all of it fits"
         self.trouble = ""
         self.step_counts = Counts(
-            steps=1, tokens=1, chosen=8, hits=6, nbytes_read=5_000_000, waited_seconds=0.3, seconds=0.5
+            steps=1, tokens=1, chosen=8, hits=6, nbytes_read=5_000_000, waited_seconds=0.25, seconds=0.5
         )
         self.counted = Counts()
         self.had_room: Room | None = None
@@ -148,7 +149,7 @@ class FakeModel:
         self.before_call()
         self.cached.extend(tokens)
         if self.residency_mode == "slots":
-            self.counted += self.step_counts
+            self.counted += replace(self.step_counts, tokens=len(tokens))
         logits = np.zeros((1, VOCABULARY), np.float32)
         logits[0, self._next()] = 20
         return logits

@@ -90,6 +90,23 @@ def gguf_bytes(
     return header + bytes(-len(header) % alignment) + body if body else header
 
 
+def write_sparse(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], alignment: int = 32) -> Path:
+    """A file whose header is whole and whose tensors are one hole: it has their size and takes no room on the disk."""
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    head += [string(key) + value(found) for key, found in metadata.items()]
+    end = 0
+    for tensor in tensors:
+        axes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+        start = -(-end // alignment) * alignment
+        head.append(string(tensor.name) + axes + struct.pack("<IQ", FORMATS[tensor.format].id, start))
+        end = start + tensor.nbytes
+    header = b"".join(head)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(-(-len(header) // alignment) * alignment + end)
+    return path
+
+
 def write_gguf(path: Path, *arguments: Any, **options: Any) -> Path:
     path.write_bytes(gguf_bytes(*arguments, **options))
     return path

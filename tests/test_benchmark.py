@@ -24,11 +24,13 @@ from localmoe.benchmark.report import Bar, report_of_profiles, report_of_results
 from localmoe.cli import main
 from localmoe.errors import SettingError
 from localmoe.experts.loading import Loading
+from localmoe.experts.telemetry import Counts
 from localmoe.kernels.cpu import limits
 from localmoe.kernels.cpu.build import assembly
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.isa import named, runnable
 from localmoe.kernels.cpu.limits import Limits, Rates
+from localmoe.model import Model
 
 RATES = Rates(read=1e6, float_ops=1e7, integer_ops=4e7)
 
@@ -459,6 +461,69 @@ def test_markdown_has_a_column_for_what_is_varied_and_a_row_for_each_engine(
         "| tg4 | 1 | llama.cpp repacked | 4.00 | 4.00…4.00 | 0.00 | 30 % of memory | 0.0…0.0 GB/s | better |",
     ]
     assert lines[-1] == "- ratio: localmoe over the better of its settings, round by round"
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step's tokens choose 8 experts, of which 6 are there; a fresh one costs 1 MB, and half of the time."""
+    totals: dict[int, Counts] = {}
+    forward = Model.forward
+
+    def counted(self: Model, tokens: list[int], position: int, *rest: Any, **how: Any) -> Any:
+        n = len(tokens)
+        more = Counts(1, n, 8 * n, 6 * n, nbytes_read=2_000_000 * n, waited_seconds=0.5, seconds=1.0)
+        totals[id(self)] = totals.get(id(self), Counts()) + more
+        return forward(self, tokens, position, *rest, **how)
+
+    monkeypatch.setattr(Model, "forward", counted)
+    monkeypatch.setattr(Model, "counts", lambda self: totals.get(id(self), Counts()))
+    monkeypatch.setattr(Model, "residency_mode", property(lambda self: "slots"))
+
+
+@pytest.mark.usefixtures("clock", "counting")
+def test_where_experts_are_counted_there_are_columns_for_them(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(str(file), "-p", "6", "-n", "4", "-t", "2", "-r", "3", "--markdown", "--memory", "8GiB") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("| test | tokens/s | range | ± MAD | hits | GB/token | reading |")
+    assert lines[2:4] == [
+        "| pp6 | 12.00 | 12.00…12.00 | 0.00 | 75.0 % | 0.002 | 50 % |",
+        "| tg4 | 8.00 | 8.00…8.00 | 0.00 | 75.0 % | 0.002 | 50 % |",
+    ]
+    assert "loading auto (slots)" in lines[-1]
+
+
+@pytest.mark.usefixtures("clock", "counting")
+def test_json_says_what_became_of_the_experts_in_all_rounds(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(str(file), "-p", "0", "-n", "4", "-t", "2", "-r", "3", "--json", "--memory", "8GiB") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    told = {
+        "load_mode": "auto", "loaded_as": "slots", "memory_budget": 8 << 30, "expert_hit_rate": 0.75,
+        "expert_nbytes_per_token": 2e6, "reading_share": 0.5,
+    }  # fmt: skip
+    assert {key: found[key] for key in told} == told
+    assert (found["expert_counts"]["tokens"], found["expert_counts"]["chosen"]) == (12, 96)
+    assert found["limit"] is None
+
+
+@pytest.mark.usefixtures("counting")
+def test_with_slots_each_round_has_tokens_of_its_own_behind_the_same_ones(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request.read_request(file, prompt="6", generate="0", depth="4", threads="1")
+    subject = measure.Subject(asked, asked.settings[0], None, None)
+    texts = []
+    for _ in range(2):
+        subject.tokens_per_second(asked.tests[0])
+        texts.append(list(subject.model.cached))
+    assert texts[0][:4] == texts[1][:4] == subject.ids[:4]
+    assert texts[0][4:] != texts[1][4:]
+    subject.model.close()
+
+
+@pytest.mark.usefixtures("counting")
+def test_steps_that_wait_for_reads_are_not_looked_into(file: Path) -> None:
+    with pytest.raises(SettingError, match="--ops is for steps that never wait for reads"):
+        roofline.run(request.read_request(file, generate="1", prompt="0"))
 
 
 @pytest.mark.usefixtures("clock")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fakes import ASSISTANT, END, FakeModel
 
 from localmoe.engine import Engine, Step, common_prefix
 from localmoe.errors import DeviceError, SettingError
+from localmoe.experts.loading import Loading
+from localmoe.experts.telemetry import Counts
 from localmoe.sampling import SamplingSettings
 
 GREEDY = SamplingSettings(temperature=0)
@@ -164,3 +168,17 @@ def test_engines_and_other_callers_may_take_turns_on_one_model() -> None:
 
 def test_common_prefix_counts_equal_leading_tokens() -> None:
     assert [common_prefix(a, b) for a, b in ([[], [1]], [[1, 2], [1, 2, 3]], [[1, 2], [1, 3]])] == [0, 2, 1]
+
+
+def test_what_became_of_the_chosen_experts_is_counted_for_the_prompt_and_for_the_answer() -> None:
+    model = FakeModel({"qqq": "four"}, chunk=2)
+    model.change_loading(Loading("slots"))
+    model.counted = Counts(steps=100, tokens=700)
+    engine = Engine(model)
+    list(engine.generate(prompt("qqq"), GREEDY))
+    step = model.step_counts
+    assert len(prompt("qqq")) == 4
+    assert engine.stats.prefill_counts == replace(step + step, tokens=4)
+    assert engine.stats.decode_counts == step + step + step + step
+    list(Engine(FakeModel({"q": "four"})).generate(prompt("q"), GREEDY))
+    assert Engine(FakeModel()).stats.decode_counts == Counts()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from faulty_files import FaultyDisk, broken_disk
-from terminal import CTRL_C, PROMPT, Chat
+from pseudo_terminal import CTRL_C, PROMPT, Chat
 from test_slots import room
 from tiny_models import qwen3moe
 

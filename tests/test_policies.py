@@ -91,6 +91,12 @@ def test_lfru_without_decay_counts() -> None:
     assert ascending(history, "lfru") == [(0, 3), (0, 2), (0, 1), (0, 0)]
 
 
+def test_lfru_begins_with_earlier_sessions_and_forgets_them() -> None:
+    prior = [[0.0, 0.6, 0.4, 0.0]]
+    assert ascending(lived([[(0,)]], prior=prior), "lfru") == [(0, 3), (0, 0), (0, 2), (0, 1)]
+    assert ascending(lived([[(0,)]] * 10 * HALF_LIFE, prior=prior), "lfru")[-1] == (0, 0)
+
+
 def test_history_pins_the_most_used_of_earlier_sessions() -> None:
     share = PINNED / 4
     history = lived([[(0,)], [(1,)], [(2,)]], prior=[[0.0, 0.0, 0.0, share + 0.1]])

@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import FakeModel
@@ -26,6 +28,10 @@ from rich.console import Console
 
 from localmoe.engine import Stats
 from localmoe.errors import TokenizerError
+from localmoe.experts.loading import Loading
+from localmoe.experts.telemetry import Counts, Room
+from localmoe.memory import Resident
+from localmoe.repl import residency
 from localmoe.repl.commands import COMMANDS
 from localmoe.repl.input import (
     CommandCompleter,
@@ -187,6 +193,128 @@ def test_stats_count_tokens_and_speed() -> None:
     ]
 
 
+def slotted(**how: Any) -> FakeModel:
+    """A model whose experts are in slots."""
+    model = FakeModel(REPLIES, **how)
+    model.change_loading(Loading("slots", memory=6_000_000_000))
+    model.had_room = Room(14_200_000_000, 3_900_000_000, 2_310_000_000, 6_000_000_000, 1_100_000_000, 400_000_000)
+    return model
+
+
+def test_stats_tell_what_became_of_the_experts() -> None:
+    model = slotted()
+    model.step_counts = replace(model.step_counts, ahead_read=4, ahead_used=3)
+    told = chat("hello", "/stats", model=model).splitlines()
+    assert [line.split("  ")[0] for line in told[2:]] == ["prompt", "reading", "", "answer", "", "context"]
+    each = "hit 75 % · {} · read 50 % compute 50 % · guesses 75 % right"
+    assert told[4].split() == each.format("625 kB/token").split()
+    assert told[6].split() == each.format("5 MB/token").split()
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine and a process of known sizes."""
+    monkeypatch.setattr(residency, "resident", lambda: Resident(4_700_000_000, 1_100_000_000, 5_900_000_000))
+    monkeypatch.setattr(residency, "available_nbytes", lambda: 12_300_000_000)
+    monkeypatch.setattr(residency, "total_nbytes", lambda: 16_000_000_000)
+    monkeypatch.setattr(residency, "pressure", lambda: 1.7)
+
+
+def rows_of(told: str) -> list[str]:
+    return [line.rstrip() for line in told.splitlines()]
+
+
+@pytest.mark.usefixtures("memory")
+def test_memory_tells_what_is_where() -> None:
+    assert rows_of(chat("hello", "/memory", model=slotted()))[2:] == [
+        "process        4.70 GB of its own, 1.10 GB of files; 5.90 GB at most until now",
+        "budget         6.00 GB",
+        "dense weights  1.10 GB, always in memory",
+        "experts        2.31 GB in 3.90 GB of slots; all of them are 14.20 GB",
+        "beside         400 MB for KV cache, working memory, vocabulary and Python",
+        "KV cache       17 kB of 512 kB used, 17 of 512 tokens",
+        "machine        12.30 GB of 16.00 GB free; memory pressure 2 %",
+    ]
+
+
+@pytest.mark.usefixtures("memory")
+def test_memory_of_mapped_weights_and_without_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "pressure", lambda: None)
+    assert rows_of(chat("/memory")) == [
+        "process   4.70 GB of its own, 1.10 GB of files; 5.90 GB at most until now",
+        "weights   1.23 MB in files, loaded as mmap",
+        "KV cache  0 B of 512 kB used, 0 of 512 tokens",
+        "machine   12.30 GB of 16.00 GB free",
+    ]
+
+
+def test_lazy_shows_what_runs_and_why() -> None:
+    assert rows_of(chat("/lazy")) == [
+        "loading  mmap",
+        "why      all of it fits",
+        "asked    --lazy auto",
+    ]
+    model = slotted()
+    model.loading = Loading("auto", 8 << 30, 2_500_000_001, "lru", lookahead=True, trace=Path("choices"))
+    assert rows_of(chat("/lazy", model=model)) == [
+        "loading  slots",
+        "why      slots, as slots says",
+        "asked    --lazy auto --memory 8GiB --expert-cache 2.50GB --expert-policy lru",
+        "         --lookahead --trace choices",
+        "experts  2.31 GB in 3.90 GB of slots; all of them are 14.20 GB",
+    ]
+
+
+def test_lazy_changes_the_mode_and_the_conversation_goes_on() -> None:
+    model = FakeModel(REPLIES)
+    assert chat("hello", "/lazy slots 4GiB", "hello", "/lazy mmap", "/lazy slots", model=model) == (
+        "Hi there.\n\n(loading slots, was mmap: slots, as slots says)\nHi there.\n\n"
+        "(loading mmap, was slots: mmap, as mmap says)\n(loading slots, was mmap: slots, as slots says)\n"
+    )
+    assert model.calls[len("Hi there.") + 1][0] == len("<hello<>Hi there."), "what stands in the cache is not run again"
+    assert model.loading == Loading("slots", expert_cache=4 << 30), "the size is kept from last time"
+
+
+def test_lazy_keeps_all_that_was_asked_for_but_auto_chooses_the_size_anew() -> None:
+    model = FakeModel(REPLIES)
+    model.loading = asked = Loading("auto", 8 << 30, 1 << 30, "lru")
+    chat("/lazy off", model=model)
+    assert model.loading == replace(asked, mode="off")
+    chat("/lazy slots 2 GiB", model=model)
+    assert model.loading == replace(asked, mode="slots", expert_cache=2 << 30)
+    chat("/lazy auto", model=model)
+    assert model.loading == replace(asked, expert_cache=None)
+
+
+def test_a_mode_that_cannot_be_is_told_and_the_old_one_goes_on() -> None:
+    model = slotted()
+    model.trouble = "42 GB of weights do not fit the 12 GB that are free"
+    assert chat("/lazy off", "hello", model=model) == (
+        "42 GB of weights do not fit the 12 GB that are free\n(slots goes on)\nHi there.\n\n"
+    )
+    assert chat("/lazy of", "/lazy mmap 4GiB", "/lazy slots much").splitlines() == [
+        "there is no loading mode 'of'; possible: auto, mmap, slots, off",
+        "only slots takes a size, as in /lazy slots 4GiB, not mmap",
+        "a size is a number with kB, MB, GB or TB (powers of 1000) or KiB, MiB, GiB or ",
+        "TiB (of 1024), such as 8GiB, not 'much'",
+    ]
+
+
+def test_ctrl_c_while_the_mode_is_changed_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = slotted()
+    monkeypatch.setattr(model, "change_loading", lambda loading: signal.raise_signal(signal.SIGINT))
+    assert chat("/lazy off", "hello", model=model) == "(stopped: slots goes on)\nHi there.\n\n"
+
+
+@pytest.mark.usefixtures("memory")
+def test_the_line_below_an_answer_is_there_in_slots_mode_only() -> None:
+    told = chat("hello", model=slotted(), on=screen(terminal=True))
+    assert "hit 75 % · 5 MB/token · read 50 % compute 50 % · RSS 5.8/6.0 GB" in told
+    assert told.endswith("\x1b8\x1b[J\n\n"), "it is gone when the answer is whole"
+    assert "hit" not in chat("hello", on=screen(terminal=True))
+    assert "\x1b" not in chat("hello", model=slotted())
+
+
 def test_stats_before_any_answer_say_so() -> None:
     assert chat("/stats") == "there is no answer yet to count\n"
 
@@ -248,6 +376,20 @@ def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back() -> None:
     assert chat("x" * 40, "hello", model=model) == (
         "(stopped before the first word; Up brings the message back)\n\nHi there.\n\n"
     )
+
+
+def test_ctrl_c_does_not_wait_for_a_word_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("localmoe.repl.talk.monotonic", lambda: now[0])
+    model = FakeModel(REPLIES)
+
+    def press() -> None:
+        if model.cached[-2:] == [*b"tw"] and not now[0]:
+            now[0] += 1.5
+            signal.raise_signal(signal.SIGINT)
+
+    model.before_call = press
+    assert chat("long", "hello", model=model) == "one two\n(stopped)\n\nHi there.\n\n"
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_token() -> None:
@@ -425,6 +567,22 @@ def test_a_label_that_changes_keeps_the_time_left_and_other_work_begins_anew() -
     bar.close()
     assert tasks[0] == tasks[1]
     assert len(set(tasks)) == 3
+
+
+def test_the_bar_tells_tokens_and_what_was_read_for_them() -> None:
+    model = slotted()
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    on = Screen(console, console)
+    bar = on.progress("reading", residency.reads(model.counts))
+    bar._show()
+    bar.tokens("reading")(512, 2048)
+    model.counted += Counts(nbytes_read=3_210_000_000)
+    assert bar._bar is not None
+    bar._bar.refresh()
+    bar.close()
+    told = on.errors.file.getvalue()
+    assert "reading, 512 of 2048 tokens ━" in told
+    assert "reading, 512 of 2048 tokens · 3.21 GB read ━" in told
 
 
 def test_off_a_terminal_there_is_never_a_bar() -> None:

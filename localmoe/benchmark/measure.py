@@ -16,6 +16,7 @@ from localmoe.benchmark import machine
 from localmoe.benchmark.peer import Peer, Variant
 from localmoe.benchmark.request import Request, Setting, Test
 from localmoe.benchmark.work import Bound, Work, measured_work
+from localmoe.experts.telemetry import Counts
 from localmoe.formats import Bytes
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.limits import Limits
@@ -29,7 +30,8 @@ WARMING_TOKENS = 8  # generated before the first round; of prompts one chunk is 
 @dataclass(slots=True)
 class Series:
     """One engine in one test under one setting: `samples` in tokens per second, one a round, and beside each the limit
-    as it was just then, with the per cent of it that was reached (empty for devices whose limits are not measured)."""
+    as it was just then, with the per cent of it that was reached (empty for devices whose limits are not measured).
+    `experts`: what became of those that were chosen, in all rounds together."""
 
     engine: str
     test: Test
@@ -39,6 +41,7 @@ class Series:
     percents: list[float] = field(default_factory=list)
     started: str = ""
     detail: dict[str, Any] = field(default_factory=dict)  # what the peer itself says about this test
+    experts: Counts = field(default_factory=Counts)
 
     def add(self, rate: float, bound: Bound | None, detail: dict[str, Any] | None = None) -> None:
         self.started = self.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -70,13 +73,15 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything one run found; `opening` are the seconds until each setting's model was ready."""
+    """Everything one run found; `opening` are the seconds until each setting's model was ready, `loaded` the loading
+    mode that ran."""
 
     request: Request
     machine: dict[str, str]
     model: dict[str, Any]
     series: tuple[Series, ...]
     opening: dict[Setting, float]
+    loaded: dict[Setting, str]
     peer: str = ""
 
     def ratio(self, ours: Series) -> Ratio | None:
@@ -99,30 +104,40 @@ class Subject:
         self.model.wait_for_weights()
         self.setting = replace(setting, threads=self.model.threads)
         device = self.model.device
-        self.limits = Limits(device, data) if isinstance(device, CpuDevice) else None
+        # What the limits are measured with would not fit the budget of memory that slots keep to.
+        self.slotted = self.model.residency_mode == "slots"
+        self.limits = Limits(device, data) if isinstance(device, CpuDevice) and not self.slotted else None
         self.program = self.model.network.program(2)
-        vocabulary = self.model.network.config.vocabulary
-        self.ids: list[int] = np.random.default_rng(0).integers(0, vocabulary, request.context).tolist()
+        self.experts = Counts()  # of the last test that was measured
+        self._random = np.random.default_rng(0)
+        self.ids = self._tokens(request.context)
 
     def tokens_per_second(self, test: Test) -> float:
         """The cache is filled up to the test's depth before the clock starts, and one token is generated: measuring the
         limits has put other bytes into the processor's caches (llama-bench warms up before each run as well)."""
         model, first, last = self.model, test.depth, test.depth + test.tokens
+        # The same tokens once more would choose experts that are in memory from the last time.
+        ids = [*self.ids[:first], *self._tokens(test.tokens)] if self.slotted else self.ids
         if len(model.cached) < first:
             model.forward(self.ids[len(model.cached) : first], len(model.cached), prompt=True)
         behind = model.cached[last:]
-        model.forward(self.ids[first : first + 1], first)
+        model.forward(ids[first : first + 1], first)
         if (resumed := model.resumes(first)) < first:
-            model.forward(self.ids[resumed:first], resumed, prompt=True)
-        start = perf_counter()
+            model.forward(ids[resumed:first], resumed, prompt=True)
+        counted, start = model.counts(), perf_counter()
         if test.kind == "pp":
-            model.forward(self.ids[first:last], first, prompt=True)
+            model.forward(ids[first:last], first, prompt=True)
         else:
             for position in range(first, last):
-                model.forward(self.ids[position : position + 1], position)
+                model.forward(ids[position : position + 1], position)
         seconds = perf_counter() - start
+        self.experts = model.counts() - counted
         model.cached.extend(behind)  # the same tokens stand before them as when they were cached: no need to refill
         return test.tokens / seconds
+
+    def _tokens(self, number: int) -> list[int]:
+        found: list[int] = self._random.integers(0, self.model.network.config.vocabulary, number).tolist()
+        return found
 
     def bound(self, test: Test) -> Bound | None:
         """The limit as it is now."""
@@ -148,8 +163,9 @@ def run(request: Request, peer: Peer | None = None, progress: Progress | None = 
             subjects.append(Subject(request, setting, data, progress))
         series = _measured(request, subjects, peer, progress)
         opening = {subject.setting: subject.opening for subject in subjects}
+        loaded = {subject.setting: subject.model.residency_mode for subject in subjects}
         build = peer.description(next(s.detail for s in series if s.detail)) if peer else ""
-        return Results(request, told, facts(subjects[0].model), tuple(series), opening, build)
+        return Results(request, told, facts(subjects[0].model), tuple(series), opening, loaded, build)
     finally:
         for subject in subjects:
             subject.model.close()
@@ -164,7 +180,9 @@ def _measured(
         return kept.setdefault((engine, test, setting), Series(engine, test, setting))
 
     def ours(subject: Subject, test: Test) -> None:
-        series(OURS, test, subject.setting).add(subject.tokens_per_second(test), subject.bound(test))
+        found = series(OURS, test, subject.setting)
+        found.add(subject.tokens_per_second(test), subject.bound(test))
+        found.experts += subject.experts
 
     def theirs(subject: Subject, tests: Sequence[Test], variant: Variant) -> None:
         assert peer is not None

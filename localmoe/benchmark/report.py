@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -15,6 +15,7 @@ from localmoe.benchmark.measure import OURS, Results, Series
 from localmoe.benchmark.request import Setting
 from localmoe.benchmark.roofline import OpRow, Profile, Profiles
 from localmoe.errors import SettingError
+from localmoe.experts.telemetry import Counts
 
 Rows = list[tuple[str, ...]]
 
@@ -82,13 +83,19 @@ def report_of_results(results: Results) -> Report:
     varied = _varied(results)
     versus = any(series.engine != OURS for series in results.series)
     better = {id(ratio.series) for ours in results.series if (ratio := results.ratio(ours))}
-    header = ("test", *varied, *(("engine",) if versus else ()), "tokens/s", "range", "± MAD", "of the limit")
-    header += ("limits seen", *(("ratio",) if versus else ()))
+    header = ("test", *varied, *(("engine",) if versus else ()), "tokens/s", "range", "± MAD")
+    counted = any(series.experts.chosen for series in results.series)
+    measured = not counted or any(series.bounds for series in results.series)
+    header += ("of the limit", "limits seen") if measured else ()
+    header += ("hits", "GB/token", "reading") if counted else ()
+    header += ("ratio",) if versus else ()
     rows: Rows = []
     for series in results.series:
         row = [series.test.name, *(str(getattr(series.setting, key)) for key in varied)]
         row += [series.engine] if versus else []
-        row += [_number(series.median), _range(series.samples), _number(series.deviation), *_limits(series)]
+        row += [_number(series.median), _range(series.samples), _number(series.deviation)]
+        row += _limits(series) if measured else []
+        row += _experts(series.experts) if counted else []
         if versus:
             ratio = results.ratio(series)
             last = f"{ratio.median:.2f} ({_range((ratio.low, ratio.high))})" if ratio else ""
@@ -129,6 +136,14 @@ def _limits(series: Series) -> list[str]:
     return [f"{median(series.percents):.0f} % of {name}", f"{min(rates) / 1e9:.1f}…{max(rates) / 1e9:.1f} {unit}"]
 
 
+def _experts(counts: Counts) -> list[str]:
+    """Hit rate, bytes read for a token, and the share of time that was spent waiting for them."""
+    if not counts.chosen:
+        return ["", "", ""]
+    rate, share = 100 * counts.hit_rate, 100 * counts.reading_share
+    return [f"{rate:.1f} %", f"{counts.nbytes_per_token / 1e9:.3f}", f"{share:.0f} %"]
+
+
 def _binding(series: Series) -> tuple[str, str, list[float]]:
     """The limit that bound most often: its name, its unit and its rates; empty where none was measured."""
     if not series.bounds:
@@ -161,6 +176,12 @@ def _words(setting: Setting) -> str:
     return f"{setting.threads} thread{'s' if setting.threads != 1 else ''}, KV {setting.kv}"
 
 
+def _loading(results: Results, setting: Setting) -> str:
+    """The mode that was asked for, and the one that ran where that is another."""
+    loaded = results.loaded[setting]
+    return setting.lazy if setting.lazy == loaded else f"{setting.lazy} ({loaded})"
+
+
 def _machine_line(machine: Mapping[str, str]) -> str:
     keys = ("processor", "instruction set", "cores", "load average")
     return ", ".join(f"{key} {machine[key]}" if key == "load average" else machine[key] for key in keys)
@@ -168,7 +189,7 @@ def _machine_line(machine: Mapping[str, str]) -> str:
 
 def _remarks(results: Results) -> tuple[str, ...]:
     opened = ", ".join(
-        f"{seconds:.2f} s with {_words(setting)}, loading {setting.lazy}, device {setting.device}"
+        f"{seconds:.2f} s with {_words(setting)}, loading {_loading(results, setting)}, device {setting.device}"
         for setting, seconds in results.opening.items()
     )
     remarks = [
@@ -191,7 +212,20 @@ def _record(results: Results, series: Series) -> dict[str, Any]:
         **{key: series.detail.get(key) for key in ("build_commit", "build_number", "backends", "flash_attn", "repack")},
         "peer": results.peer,
     }
-    ours = {"backends": chosen.device, "load_mode": chosen.lazy, "open_seconds": results.opening[chosen]}
+    ours = {
+        "backends": chosen.device,
+        "load_mode": chosen.lazy,
+        "loaded_as": results.loaded[chosen],
+        "memory_budget": chosen.limits.memory,
+        "open_seconds": results.opening[chosen],
+    }
+    counts = series.experts
+    counted = {
+        "expert_hit_rate": counts.hit_rate,
+        "expert_nbytes_per_token": counts.nbytes_per_token,
+        "reading_share": counts.reading_share,
+        "expert_counts": asdict(counts),
+    }
     return {
         "engine": series.engine,
         "cpu_info": results.machine["processor"],
@@ -216,6 +250,7 @@ def _record(results: Results, series: Series) -> dict[str, Any]:
         "limit_percent": median(series.percents) if series.percents else None,
         "limit_lowest": min(rates, default=None),
         "limit_highest": max(rates, default=None),
+        **(counted if counts.chosen else {}),
         "ratio": ratio.median if ratio else None,
         "ratio_lowest": ratio.low if ratio else None,
         "ratio_highest": ratio.high if ratio else None,

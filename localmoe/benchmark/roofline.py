@@ -69,6 +69,8 @@ def run(request: Request, progress: Progress | None = None) -> Profiles:
             device = model.device
             if not isinstance(device, CpuDevice):
                 raise SettingError(f"--ops is for the cpu device; {device.name!r} has no tape")
+            if model.residency_mode == "slots":
+                raise SettingError("--ops is for steps that never wait for reads, as those of --lazy slots do")
             limits = Limits(device)
             for step in steps(request, model.chunk):
                 rows, whole = profiled(model, device, limits, step, setting.kv, request.repeat, progress)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from localmoe.cli import conversation, conversion, inspection, measurement, verification
+from localmoe.cli import conversation, conversion, experts, inspection, measurement, verification
 from localmoe.cli.command import app
 from localmoe.errors import LocalMoeError
 
@@ -21,6 +21,7 @@ __all__ = [
     "app",
     "conversation",
     "conversion",
+    "experts",
     "inspection",
     "main",
     "measurement",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -139,10 +138,13 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
 
 def answer_once(screen: Screen, session: Session, text: str) -> None:
     """The answer on standard output; reasoning on standard error where someone sees it."""
+    from localmoe.repl.residency import reads
+    from localmoe.repl.talk import READING
+
     answer, reasoning = screen.answer(exact=True), screen.aside()
     try:
-        with screen.progress("reading the prompt") as bar:
-            for piece in session.send(text, partial(bar, "reading the prompt")):
+        with screen.progress(READING, reads(session.model.counts)) as bar:
+            for piece in session.send(text, bar.tokens(READING)):
                 bar.close()
                 if piece.kind == "answer":
                     reasoning.end()
@@ -157,11 +159,13 @@ def answer_once(screen: Screen, session: Session, text: str) -> None:
 def complete(screen: Screen, model: Model, text: str, settings: SamplingSettings) -> None:
     """The continuation of a text, exactly as generated."""
     from localmoe.engine import Engine
+    from localmoe.repl.residency import reads
+    from localmoe.repl.talk import READING
 
     tokens = model.tokenizer.encode_prompt(text)
     try:
-        with screen.progress("reading the prompt") as bar:
-            for step in Engine(model).generate(tokens, settings, progress=partial(bar, "reading the prompt")):
+        with screen.progress(READING, reads(model.counts)) as bar:
+            for step in Engine(model).generate(tokens, settings, progress=bar.tokens(READING)):
                 bar.close()
                 screen.verbatim(step.text)
     finally:

@@ -28,6 +28,7 @@ PATIENCE = 1.0  # seconds for a read that was begun in time
 ALIGNMENT = max(4096, mmap.PAGESIZE)  # of places, sizes and buffers: a sector of any disk, and a page
 FIRST_NBYTES = 128 << 10  # of the read that says how long others may take
 MOST_NBYTES = 32 << 20  # of one read
+SKIPPED = 4096  # pieces in a row that tell nothing: there will be no other
 PHASES: tuple[tuple[Way, int], ...] = (("direct", 1), ("direct", 2), ("buffered", 2), ("direct", 4))
 PLAIN_PHASES: tuple[tuple[Way, int], ...] = (("buffered", 1), ("buffered", 2), ("buffered", 4))
 
@@ -128,14 +129,16 @@ class Phase:
             return Rate(self.way, depth, rate, max(0.0, 1 - whole / rate))
 
     def _read(self) -> None:
-        longest = 0.0
+        longest, skipped = 0.0, 0
         with suppress(OSError), Reader(self.way, self.limit) as reader:
-            while (start := perf_counter()) + longest < self.end:
+            while (start := perf_counter()) + longest < self.end and skipped < SKIPPED:
                 with self._lock:
                     piece = next(self.cursor, None) if len(self.reads) < self.most else None
                 if piece is None:
                     return
-                if nbytes := reader.read(piece):
+                nbytes = reader.read(piece)
+                skipped = 0 if nbytes else skipped + 1
+                if nbytes:
                     seconds = perf_counter() - start
                     longest = max(longest, seconds)
                     with self._lock:

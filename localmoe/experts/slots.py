@@ -302,11 +302,12 @@ class SlotLayer:
             reader, offset, nbytes = self.store.find(weight, expert)
             first, end = offset // BLOCK * BLOCK, -(-(offset + nbytes) // BLOCK) * BLOCK
             pieces.append(Piece(reader, first, room[start : start + end - first]))
+        nbytes = sum(len(piece.buffer) for piece in pieces)
         load = Load(pieces, len(pieces), key, slot, ahead)
         self.pool.owner[slot] = key
         self.store.loading[key] = load
         self.store.team.ask(load)
-        self.store.count(nbytes_read=sum(len(piece.buffer) for piece in pieces))
+        self.store.count(nbytes_read=nbytes)
         return True
 
     def settle(self, load: Load) -> None:

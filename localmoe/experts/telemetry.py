@@ -30,6 +30,15 @@ class Counts:
     def hit_rate(self) -> float:
         return self.hits / self.chosen if self.chosen else 1.0
 
+    @property
+    def nbytes_per_token(self) -> float:
+        return self.nbytes_read / self.tokens if self.tokens else 0.0
+
+    @property
+    def reading_share(self) -> float:
+        """Of the steps' time, what went by waiting for reads."""
+        return min(self.waited_seconds / self.seconds, 1.0) if self.seconds > 0 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Room:

@@ -3,8 +3,8 @@
     {"localmoe_trace": 1, "model": …, "layers": L, "experts": E, "used": k, "expert_nbytes": [… L numbers]}
     [step, tokens, layer, [ids, tokens · k of them, token by token]]
 
-Steps count from 1, layers (those that have experts) from 0. A step lists its layers in their order, all or, where it was
-interrupted, fewer.
+Steps count from 1, layers (those that have experts) from 0. A step lists its layers in their order; fewer than all
+where it was interrupted.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class TraceWriter:
         self._step, self._lines = 0, [line_of(header)]
         self._file: BinaryIO | None = None
         try:
-            self._file = open(path, "xb", buffering=0)  # noqa: SIM115: open as long as the model is
+            self._file = path.open("xb", buffering=0)
         except FileExistsError:
             raise SettingError(f"--trace {path}: the file exists; name another one, or remove it") from None
         except (OSError, ValueError) as error:
             raise SettingError(f"--trace {path}: {getattr(error, 'strerror', None) or error}") from None
+        self._write()
 
     def chose(self, step: int, layer: int, ids: Ids) -> None:
         """A layer's choice, (T, k); steps and their layers come in order."""
@@ -106,8 +107,8 @@ def line_of(header: Header) -> str:
 
 
 def read_trace(path: Path) -> Trace:
-    """Raises FileFormatError, naming file and line, for anything that is not as above; a last line that was cut off when
-    its process ended is left out."""
+    """Raises FileFormatError, naming file and line, for anything that is not as above; a last line that was cut off
+    when its process ended is left out."""
     if (nbytes := require_file(path)) > FILE_LIMIT:
         raise FileFormatError(f"{path}: {nbytes} bytes, expected at most {FILE_LIMIT}")
     try:
@@ -139,8 +140,8 @@ def _header(path: Path, line: bytes) -> Header:
     if not line.startswith(b"{") or not line.endswith(b"\n"):
         raise _wrong(path, 1, f"a trace begins with a line {{{json.dumps(KEYS[0])}: {VERSION}, …}}")
     found = _parsed(path, 1, line)
-    if not isinstance(found, dict) or (missing := [key for key in KEYS if key not in found]):
-        raise _wrong(path, 1, f"expected the keys {', '.join(KEYS)}, {missing[0]!r} is missing")
+    if missing := [key for key in KEYS if key not in found]:
+        raise _wrong(path, 1, f"the key {missing[0]!r} is missing, expected {', '.join(KEYS)}")
     version, model, layers, experts, used, expert_nbytes = (found[key] for key in KEYS)
     if version != VERSION or type(version) is not int:
         raise _wrong(path, 1, f"localmoe_trace is {shown(version)}, expected {VERSION}")

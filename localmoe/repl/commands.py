@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from localmoe.errors import SettingError
+from localmoe.errors import LocalMoeError, SettingError
+from localmoe.experts.loading import MODES
+from localmoe.repl.residency import changed, experts_told, loading_rows, memory_rows
 from localmoe.repl.talk import Talk
 from localmoe.settings import SETTINGS, allowed
 
@@ -121,17 +123,45 @@ def stats(talk: Talk, argument: str) -> None:
     if not s.generated_tokens:
         raise SettingError("there is no answer yet to count")
     run = s.prompt_tokens - s.reused_tokens
-    talk.screen.rows(
-        [
-            ("prompt", f"{s.prompt_tokens} tokens, {s.reused_tokens} of them kept from before"),
-            ("reading", f"{run} tokens in {s.prefill_seconds:.2f} s{_rate(run, s.prefill_seconds)}"),
-            (
-                "answer",
-                f"{s.generated_tokens} tokens in {s.decode_seconds:.2f} s{_rate(s.generated_tokens, s.decode_seconds)}",
-            ),
-            ("context", f"{session.used_tokens} of {session.model.context} tokens used"),
-        ]
-    )
+    answer = f"{s.generated_tokens} tokens in {s.decode_seconds:.2f} s{_rate(s.generated_tokens, s.decode_seconds)}"
+    rows = [
+        ("prompt", f"{s.prompt_tokens} tokens, {s.reused_tokens} of them kept from before"),
+        ("reading", f"{run} tokens in {s.prefill_seconds:.2f} s{_rate(run, s.prefill_seconds)}"),
+        ("", experts_told(s.prefill_counts)),
+        ("answer", answer),
+        ("", experts_told(s.decode_counts)),
+        ("context", f"{session.used_tokens} of {session.model.context} tokens used"),
+    ]
+    talk.screen.rows(row for row in rows if row[1])
+
+
+@command(
+    "lazy",
+    help="show or change how weights are loaded; the conversation stays",
+    usage="[off|mmap|slots [SIZE]|auto]",
+    complete=lambda: MODES,
+)
+def lazy(talk: Talk, argument: str) -> None:
+    model = talk.model
+    if not argument:
+        talk.screen.rows(loading_rows(model))
+        return
+    asked, before = changed(model.loading, argument), model.residency_mode
+    try:
+        with talk.screen.progress("changing how weights are loaded"):
+            model.change_loading(asked)
+    except LocalMoeError as error:
+        talk.screen.error(str(error))
+        talk.screen.notice(f"({before} goes on)")
+    except KeyboardInterrupt:
+        talk.screen.notice(f"(stopped: {model.residency_mode} goes on)")
+    else:
+        talk.screen.notice(f"(loading {model.residency_mode}, was {before}: {model.loading_reason})")
+
+
+@command("memory", help="what is where: weights, experts, KV cache, and what is free")
+def memory(talk: Talk, argument: str) -> None:
+    talk.screen.rows(memory_rows(talk.model))
 
 
 @command("template", help="show the chat template")

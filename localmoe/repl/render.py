@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock, Timer
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.text import Text
+
+from localmoe.repl.status import StatusLine
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,9 +32,11 @@ def visible(text: str) -> str:
 class Answer:
     """One streamed answer: reasoning dim and before it, blank lines at both ends left out."""
 
-    def __init__(self, console: Console, exact: bool = False) -> None:
-        """`exact` leaves control characters as they are where no terminal would obey them."""
+    def __init__(self, console: Console, exact: bool = False, below: Callable[[int], str] | None = None) -> None:
+        """`exact` leaves control characters as they are where no terminal would obey them; `below(columns)` tells what
+        stands in a line below the text while it grows."""
         self._console = console
+        self._status = StatusLine(console, below) if below else None
         self._safe = str if exact and not console.is_terminal else visible
         self._kind = ""
         self._newlines = ""
@@ -49,11 +54,13 @@ class Answer:
         body = text.rstrip("\n")
         self._newlines = text[len(body) :]
         if body:
-            self._console.out(body, style="dim" if kind == "reasoning" else None, highlight=False, end="")
+            self._out(body, "dim" if kind == "reasoning" else None)
             self.empty = False
 
     def end(self) -> None:
         """Close the line that the answer stands on; may be called twice."""
+        if self._status:
+            self._status.close()
         if not self.empty and not self._ended:
             self._console.out("")
         self._ended = True
@@ -63,16 +70,35 @@ class Answer:
             return
         self._newlines = ""
         if self._kind:
-            self._console.out("\n")
+            self._out("\n\n")
         if self._console.color_system is None and (kind == "reasoning" or self._kind):
-            self._console.out(f"({kind})")
+            self._out(f"({kind})\n")
+
+    def _out(self, text: str, style: str | None = None) -> None:
+        write = partial(self._console.out, text, style=style, highlight=False, end="")
+        if self._status:
+            self._status.around(text, write)
+        else:
+            write()
+
+
+class Lately:
+    """Text that is asked for whenever it is drawn."""
+
+    def __init__(self, told: Callable[[], str]) -> None:
+        self._told = told
+
+    def __str__(self) -> str:
+        return self._told()
 
 
 class DelayedBar:
     """A progress bar with the time left, drawn only when the work outlasts DELAY; gone without trace when it ends."""
 
-    def __init__(self, console: Console, label: str) -> None:
+    def __init__(self, console: Console, label: str, note: Callable[[], str] = str) -> None:
+        """`note` says behind the label what else is known; it is asked from another thread, several times a second."""
         self._console = console
+        self._note = Lately(note)
         self._state = (label, 0, 0)
         self._drawn = (0, 0)
         self._bar: Progress | None = None
@@ -98,6 +124,10 @@ class DelayedBar:
             self._state = (label, done, total)
             self._draw()
 
+    def tokens(self, label: str) -> Callable[[int, int], None]:
+        """A function of (done, total) for work on tokens, which are told in numbers too."""
+        return lambda done, total: self(f"{label}, {done} of {total} tokens", done, total)
+
     @contextmanager
     def away(self) -> Iterator[None]:
         """No bar inside a `with` block, which may print lines."""
@@ -121,7 +151,7 @@ class DelayedBar:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}{task.fields[note]}", markup=False),
             BarColumn(None),
             TaskProgressColumn(),
             TimeRemainingColumn(),
@@ -139,7 +169,7 @@ class DelayedBar:
         if self._task is None or total != self._drawn[1] or done < self._drawn[0]:  # other work, with a time of its own
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(visible(label), total=total or None, completed=done)
+            self._task = self._bar.add_task(visible(label), total=total or None, completed=done, note=self._note)
         self._drawn = (done, total)
         self._bar.update(self._task, description=visible(label), completed=done, total=total or None)
 
@@ -181,13 +211,13 @@ class Screen:
             column.overflow = "fold"
         self.console.print(table)
 
-    def answer(self, exact: bool = False) -> Answer:
-        return Answer(self.console, exact)
+    def answer(self, exact: bool = False, below: Callable[[int], str] | None = None) -> Answer:
+        return Answer(self.console, exact, below)
 
     def aside(self) -> Answer:
         """An answer drawn on standard error."""
         return Answer(self.errors)
 
-    def progress(self, label: str) -> DelayedBar:
+    def progress(self, label: str, note: Callable[[], str] = str) -> DelayedBar:
         """A bar for the work inside a `with` block; call it with (label, done, total)."""
-        return DelayedBar(self.errors, label)
+        return DelayedBar(self.errors, label, note)

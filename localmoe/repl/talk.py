@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from time import monotonic
 from types import FrameType
 from typing import cast
 
@@ -14,18 +15,22 @@ from localmoe.engine import Progress
 from localmoe.errors import LocalMoeError
 from localmoe.repl.keyboard import silent_keyboard
 from localmoe.repl.render import Screen
+from localmoe.repl.residency import ResidentModel, reads, status
 from localmoe.session import Piece, Session
+
+READING = "reading the prompt"
+PATIENCE = 1.0  # seconds after a word in which the next one is worth waiting for
 
 
 class Interrupt:
-    """Whether Ctrl+C was pressed: the first press asks, unless `at_once` is set; the second insists by
-    KeyboardInterrupt."""
+    """Whether Ctrl+C was pressed. While words come, the first press asks for an end behind the current one, and the
+    second insists by KeyboardInterrupt; while someone waits for a word, the first does."""
 
     asked = False
-    at_once = False
+    heard = -math.inf  # when the last word came
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or self.at_once:
+        if self.asked or monotonic() - self.heard > PATIENCE:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -55,15 +60,15 @@ class Talk:
 
     def answer(self, generate: Callable[[Progress], Iterator[Piece]]) -> None:
         """Draw an answer as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
-        drawn = self.screen.answer()
-        with silent_keyboard(), Interrupt.watched() as interrupt, self.screen.progress("reading the prompt") as bar:
-            interrupt.at_once = True  # reading a prompt may take long; once words come, the current one is finished
-            pieces = cast("Generator[Piece]", generate(partial(bar, "reading the prompt")))
+        drawn = self.screen.answer(below=self._status)
+        bar = self.screen.progress(READING, reads(self.session.model.counts))
+        with silent_keyboard(), Interrupt.watched() as interrupt, bar:
+            pieces = cast("Generator[Piece]", generate(bar.tokens(READING)))
             try:
                 for piece in pieces:
-                    interrupt.at_once = False
                     bar.close()
                     drawn.write(piece.kind, piece.text)
+                    interrupt.heard = monotonic()
                     if interrupt.asked:
                         break
             except KeyboardInterrupt:
@@ -78,6 +83,14 @@ class Talk:
         drawn.end()
         self._remark(drawn.empty)
         self.screen.line()
+
+    @property
+    def model(self) -> ResidentModel:
+        """The session's model as one whose weights are somewhere."""
+        return cast("ResidentModel", self.session.model)
+
+    def _status(self, columns: int) -> str:
+        return status(self.session.engine.stats.decode_counts, self.model.room(), columns)
 
     def _remark(self, empty: bool) -> None:
         match self.session.finish:
