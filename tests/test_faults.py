@@ -23,7 +23,9 @@ from tiny_models import qwen3moe
 
 from localmoe.errors import DeviceError, LocalMoeError, ReadError, SettingError
 from localmoe.experts.loading import Loading
+from localmoe.experts.usage import SUFFIX, fingerprint, usage_folder
 from localmoe.guard import bus_errors
+from localmoe.loader.locate import open_source
 from localmoe.model import Model
 from localmoe.sampling import SamplingSettings
 from localmoe.session import Session
@@ -388,6 +390,25 @@ def test_in_the_terminal_a_cut_file_is_one_line_and_the_conversation_goes_on(
         assert terminal.leave() == 0
 
 
+def test_in_the_terminal_a_model_is_opened_anew_and_the_conversation_goes_on(
+    path: Path, least: int, transcript: list[str]
+) -> None:
+    """A file that was whole for a while only: /reopen is refused until it is whole again, whatever its time says."""
+    with chat(path, "slots", least) as terminal:
+        assert shown(terminal.ask(QUESTIONS[0])) == transcript[0]
+        whole = path.read_bytes()
+        os.truncate(path, 60000)
+        assert "(/reopen opens it; the conversation stays)" in terminal.ask(QUESTIONS[1])
+        assert "is the download complete?" in terminal.ask("/reopen").replace("\n", "")
+        assert "open it again" in terminal.ask(QUESTIONS[1]).replace("\n", "")
+        path.write_bytes(whole)
+        assert terminal.ask("/reopen").endswith("(m opened anew)")
+        assert "slots" in terminal.ask("/lazy")
+        for question, answer in zip(QUESTIONS[1:], transcript[1:], strict=True):
+            assert shown(terminal.ask(question)) == answer
+        assert terminal.leave() == 0
+
+
 def test_in_the_terminal_a_failing_disk_is_one_line_and_the_conversation_goes_on(
     path: Path, least: int, transcript: list[str]
 ) -> None:
@@ -434,6 +455,20 @@ def test_a_cache_that_cannot_be_written_keeps_nobody_from_talking(
     (tmp_path / "cache" / "usage").touch()
     (tmp_path / "cache" / "experts").touch()
     monkeypatch.setenv("LOCALMOE_CACHE", str(tmp_path / "cache"))
+    for session in talking(path, least):
+        goes_on(session, answers)
+
+
+def test_a_usage_file_that_is_corrupt_keeps_nobody_from_talking(
+    path: Path, least: int, answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from localmoe.kernels.cpu.build import cache_folder
+
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(cache_folder())
+    monkeypatch.setenv("LOCALMOE_CACHE", str(tmp_path / "cache"))
+    usage_folder().mkdir()
+    (usage_folder() / (fingerprint(open_source(path)) + SUFFIX)).write_bytes(b'{"localmoe_usage": 1, "uses": [[')
     for session in talking(path, least):
         goes_on(session, answers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from localmoe.errors import LocalMoeError, SettingError
@@ -157,6 +157,21 @@ def lazy(talk: Talk, argument: str) -> None:
         talk.screen.notice(f"(stopped: {model.residency_mode} goes on)")
     else:
         talk.screen.notice(f"(loading {model.residency_mode}, was {before}: {model.loading_reason})")
+
+
+@command("reopen", help="open the model anew, as after its file changed; the conversation stays")
+def reopen(talk: Talk, argument: str) -> None:
+    if talk.load is None:
+        raise SettingError("this model cannot be opened anew")
+    before = talk.model
+    found = talk.load(replace(before.loading, trace=None))
+    try:
+        talk.session.take(found)
+    except BaseException:
+        found.close()
+        raise
+    before.close()
+    talk.screen.notice(f"({found.name} opened anew)")
 
 
 @command("memory", help="what is where: weights, experts, KV cache, and what is free")
