@@ -178,10 +178,16 @@ class Guard:
     """Stretches of mapped memory, (address, nbytes) each, that may fault without ending the process."""
 
     def __init__(self, stretches: Sequence[tuple[int, int]]) -> None:
+        self._count = len(stretches)
         handler = bus_errors() if stretches else None
         rows = handler.enter(stretches) if handler else []
         self._rows = [handler.row(row) for row in rows] if handler else []
         self.close = weakref.finalize(self, handler.leave if handler else tuple, rows)
+
+    @property
+    def active(self) -> bool:
+        """Whether faults are counted here: not on every system, and not beyond a number of stretches."""
+        return len(self._rows) == self._count
 
     def fault(self) -> tuple[int, int] | None:
         """Of the first stretch that faulted its number, and the address where it last did so; None as long as all went

@@ -135,8 +135,8 @@ class Model:
         self._learned = loading.learned
         self._prefault = Prefault(())
         self._plans: dict[tuple[int, bool], Plan] = {}
-        self.change_loading(loading)
         self._soundness.check()
+        self.change_loading(loading)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -183,6 +183,7 @@ class Model:
     def change_loading(self, loading: Loading) -> None:
         """Load in another way from now on; what stands in the KV cache stays. Raises LocalMoeError: then the old way
         goes on."""
+        self._soundness.begin()
         before, program = self._residence, self.network.program(1)
         sizes = Sizes.of(self.network.tensors, program)
         found = settle(loading, self.source, program, sizes, self._needed_nbytes, lambda: self._history)
@@ -192,6 +193,7 @@ class Model:
             # Compiled now, under the progress bar, and not when the first answer is awaited.
             lengths = sorted({1, self.chunk})
             plans = self.device.compile_all([self.network.program(n) for n in lengths], found.experts)
+            self._soundness.check()  # norms and biases have been copied
         except BaseException:
             found.close()
             raise
@@ -330,9 +332,9 @@ class Model:
         pieces = []
         for start in range(0, ids.size, step):
             piece = ids[start : start + step].astype(np.int32)
+            self._soundness.begin()
             plan, at = self._plan(1 if decoding else step, all_rows=all_logits), position + start
             slots = self._states.begin(at, piece.size, marked=not decoding)
-            self._soundness.begin()
             begun = perf_counter()
             pieces.append(plan.run(piece, at, slots))
             self._running.step(perf_counter() - begun)
@@ -377,7 +379,9 @@ class Model:
         key = (tokens, all_rows)
         if key not in self._plans:
             program = self.network.program(tokens, all_rows=all_rows)
-            self._plans[key] = self.device.compile(program, self._running.experts)
+            plan = self.device.compile(program, self._running.experts)
+            self._soundness.check()  # before anyone uses the norms and biases that it has copied
+            self._plans[key] = plan
         return self._plans[key]
 
     def _fitting_context(self, asked: int | None, kv_format: str) -> int:

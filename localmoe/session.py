@@ -181,6 +181,16 @@ class Session:
         """Forget the messages; the system prompt and the settings stay."""
         self.messages.clear()
 
+    def take(self, model: ChatModel) -> None:
+        """Go on with another model: the messages stay, and are read by it before its first answer."""
+        old, new = self.model.tokenizer, model.tokenizer
+        if self._spoken and any(old.token(id) != new.token(id) for id in set(self._spoken.tokens)):
+            self._spoken = None
+        self.model, self.engine = model, Engine(model)
+        if self._given is None:
+            self.reasoning = model.reasoning
+            self.__dict__.pop("template", None)
+
     def set_system(self, text: str | None) -> None:
         """Replace the system prompt from the next answer on; None or empty text removes it."""
         self.system = text or None

@@ -186,7 +186,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])
-def test_a_file_cut_between_two_steps_is_refused_before_the_next(model: Path, device: str) -> None:
+def test_a_file_cut_between_two_steps_is_refused_by_the_next(model: Path, device: str) -> None:
     script = """
 model = localmoe.load(path, device=sys.argv[2], lazy="mmap")
 size = path.stat().st_size

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_files import broken_disk
 
 from localmoe.errors import FileFormatError, ReadError
 from localmoe.experts.reading import BLOCK, FileReader
@@ -195,3 +196,33 @@ def test_closing_twice_or_never_leaves_no_descriptor(file: MappedFile) -> None:
     reader.close()
     FileReader(file, True)
     assert before == (len(os.listdir("/proc/self/fd")) if before else 0)
+
+
+def test_a_disk_that_brings_everything_in_pieces_gives_the_same_bytes(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = broken_disk(monkeypatch, short=0.8)
+    for _ in range(20):
+        buffer = aligned(6 * BLOCK)
+        reader.read(buffer, 0)
+        assert bytes(buffer[:SIZE]) == CONTENT
+    assert disk.reads > 40
+
+
+def test_a_disk_that_fails_at_times_never_gives_wrong_bytes(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = broken_disk(monkeypatch, failing=0.3, short=0.5)
+    refused = 0
+    for _ in range(60):
+        buffer = aligned(6 * BLOCK)
+        try:
+            reader.read(buffer, 0)
+        except ReadError:
+            refused += 1
+        else:
+            assert bytes(buffer[:SIZE]) == CONTENT
+    assert 0 < refused < 60
+    disk.mend()
+    reader.read(buffer, 0)
+    assert bytes(buffer[:SIZE]) == CONTENT

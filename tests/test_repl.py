@@ -28,7 +28,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from localmoe.engine import Stats
-from localmoe.errors import TokenizerError
+from localmoe.errors import FileFormatError, TokenizerError
 from localmoe.experts.loading import Loading
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.memory import Resident
@@ -80,6 +80,26 @@ def keys() -> Iterator[PipeInput]:
 
 def test_a_short_conversation() -> None:
     assert chat("hello", "utf", "/exit", "hello") == "Hi there.\n\nnaïve 🙂\n\n"
+
+
+def test_reopen_goes_on_with_a_fresh_model_and_closes_the_old_one() -> None:
+    old, fresh, on = FakeModel(REPLIES), FakeModel(REPLIES), screen()
+    talk = Talk(Session(old), on, lambda loading: fresh)
+    converse(talk, LineReader(io.StringIO("hello\n/reopen\nutf\n")))
+    assert on.console.file.getvalue() == "Hi there.\n\n(fake-moe opened anew)\nnaïve 🙂\n\n"
+    assert (talk.session.model, old.closed, fresh.closed) == (fresh, True, False)
+    assert [message["content"] for message in talk.session.messages] == ["hello", "Hi there.", "utf", "naïve 🙂"]
+
+
+def test_a_reopen_that_fails_leaves_the_old_model_at_work() -> None:
+    def load(loading: Loading) -> FakeModel:
+        raise FileFormatError("m.gguf: no such file")
+
+    old, on = FakeModel(REPLIES), screen()
+    converse(Talk(Session(old), on, load), LineReader(io.StringIO("hello\n/reopen\nutf\n")))
+    assert "m.gguf: no such file" in on.console.file.getvalue()
+    assert on.console.file.getvalue().endswith("naïve 🙂\n\n")
+    assert not old.closed
 
 
 def test_the_end_of_the_input_ends_the_chat() -> None:
@@ -539,7 +559,7 @@ def completions(typed: str) -> list[str]:
 def test_completion_reads_the_command_table_and_the_settings() -> None:
     assert completions("/s") == ["system", "set", "stats"]
     assert completions("/set top") == ["top_k", "top_p"]
-    assert completions("/help re") == ["regen"]
+    assert completions("/help reg") == ["regen"]
     assert completions("/lazy s") == ["slots"]
     assert completions("hello /s") == completions("/nothing ") == completions("/set top_k 1") == []
 

@@ -74,6 +74,26 @@ def test_the_models_own_cut_of_an_answer_is_kept_for_the_next_turn() -> None:
     assert PAIR not in model.cached
 
 
+def test_another_model_goes_on_with_the_same_ids_where_its_tokens_are_the_same() -> None:
+    replies = {"q": "cab", "more": "ok"}
+    session = Session(FakeModel(replies))
+    say(session, "q")
+    session.take(FakeModel(replies))
+    assert say(session, "more") == "ok"
+    assert PAIR not in session.model.cached, "the model had spelt a, b"
+
+
+def test_another_model_with_other_tokens_tokenises_anew() -> None:
+    replies = {"q": "cab", "more": "ok"}
+    session, other = Session(FakeModel(replies)), FakeModel(replies)
+    other.tokenizer.token = lambda id: f"<{id}>"  # type: ignore[method-assign]
+    say(session, "q")
+    session.take(other)
+    assert say(session, "more") == "ok"
+    assert PAIR in session.model.cached
+    assert [message["content"] for message in session.messages] == ["q", "cab", "more", "ok"]
+
+
 def test_a_template_that_rewrites_history_falls_back_to_tokenising_anew() -> None:
     class Shouting(PlainTemplate):
         def render(self, messages, **variables):

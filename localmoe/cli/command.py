@@ -99,9 +99,8 @@ def or_recommended(name: str) -> str:
     return " unless the model says" if name in SamplingSettings.FILE_KEYS.values() else ""
 
 
-@contextmanager
-def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
-    """The model, with a progress bar while it opens; the bundled one without a path. Closed after the `with` block."""
+def load(screen: Screen, path: Path | None, **how: Any) -> Model:
+    """The model, with a progress bar while it opens; the bundled one without a path."""
     import localmoe
 
     if path is None:
@@ -109,7 +108,13 @@ def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
 
         path = bundled()
     with screen.progress(f"opening {path.name}") as bar:
-        model = localmoe.load(path, progress=bar, **how)
+        return localmoe.load(path, progress=bar, **how)
+
+
+@contextmanager
+def opened(screen: Screen, path: Path | None, **how: Any) -> Iterator[Model]:
+    """The model, closed after the `with` block."""
+    model = load(screen, path, **how)
     try:
         if model.loading.trace and model.uses() is None:
             raise SettingError(f"--trace: {model.name} has no experts whose choices could be written")

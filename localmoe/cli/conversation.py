@@ -19,6 +19,7 @@ from localmoe.cli.command import (
     TemplateName,
     Threads,
     app,
+    load,
     opened,
     with_sampling_flags,
 )
@@ -56,11 +57,15 @@ def chat(
     from localmoe.repl.talk import Talk
 
     screen = Screen()
-    how = {"context": context, "threads": threads, "device": device, "kv_format": kv}
-    with opened(screen, model, quantize=quantize, lazy=read_loading(**loading), **how) as found:
+    how = {"context": context, "threads": threads, "device": device, "kv_format": kv, "quantize": quantize}
+    with opened(screen, model, lazy=read_loading(**loading), **how) as found:
         session = open_session(found, template, system, sampling)
         greet(screen, found, session)
-        converse(Talk(session, screen), open_reader(screen.is_terminal, session.prepare))
+        talk = Talk(session, screen, lambda asked: load(screen, model, lazy=asked, **how))
+        try:
+            converse(talk, open_reader(screen.is_terminal, session.prepare))
+        finally:
+            talk.model.close()  # which /reopen may have changed
 
 
 @app.command()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import TypeVar
 
 from localmoe.errors import DeviceError
@@ -18,6 +19,7 @@ from localmoe.experts.reading import FileReader
 
 T = TypeVar("T")
 PATIENCE = 0.5  # seconds between two looks at whether the readers are still there
+HANGING = 5.0  # seconds that a read may take when nobody wants it any more
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,6 +40,7 @@ class Load:
     key: int
     slot: int
     ahead: bool = False  # nobody waits for it yet
+    left: bool = False  # by a step that is over: if it fails, it is read anew
     asked: bool = False
     error: BaseException | None = None
     read: deque[None] = field(default_factory=deque)  # one for each piece that is done; appending is atomic
@@ -76,16 +79,18 @@ class Readers:
         except Empty:
             if not any(thread.is_alive() for thread in self._threads):
                 raise DeviceError("the threads that read experts have ended: open the model again") from None
-            self._tokens.put(True)  # where asking was interrupted, there are fewer looks than loads
+            for _ in range(len(self._urgent) + len(self._later) - self._tokens.qsize()):
+                self._tokens.put(True)  # asking was interrupted, or a thread that ended took tokens for others
 
     def close(self) -> None:
-        """Returns when no thread writes to memory any more; a read that hangs is waited for."""
+        """Returns when no thread reads any more; one whose read hangs keeps the memory that it reads into."""
         self._urgent.clear()
         self._later.clear()
         for _ in self._threads:
             self._tokens.put(False)
+        end = monotonic() + HANGING
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, end - monotonic()))
 
     def _work(self) -> None:
         while self._tokens.get():
@@ -93,10 +98,10 @@ class Readers:
             piece = _first(load.pieces) if load else None
             if load is None or piece is None:  # taken by others
                 continue
-            if load.pieces:
-                (self._later if load.ahead else self._urgent).appendleft(load)
-                self._tokens.put(True)
             try:
+                if load.pieces:
+                    (self._later if load.ahead else self._urgent).appendleft(load)
+                    self._tokens.put(True)
                 piece.reader.read(piece.buffer, piece.offset)
             except BaseException as error:  # a thread must never end with a load that looks unfinished
                 load.error = error

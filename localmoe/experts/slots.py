@@ -64,8 +64,9 @@ class SlotExperts:
         not as the files have them."""
         self.lookahead, self.policy, self.history, self.trace = lookahead, policy, history, trace
         self.counts = Counts()
-        self._files, self._direct = by_address(files), direct
-        self._readers: dict[MappedFile, FileReader] = {}
+        self._files = by_address(files)
+        # All of them now: a file whose name another one has later can be read on, but not be opened.
+        self._readers = {file: FileReader(file, direct) for file in self._files}
         shape = history.uses.shape
         self.width = shape[1]
         self.ready = np.zeros(shape, bool)
@@ -102,6 +103,8 @@ class SlotExperts:
         self.collect()
         for load in [load for load in self.loading.values() if load.complete]:  # failed, and nobody waits any more
             self._forget(load)
+        for load in self.loading.values():
+            load.left = True
         for pool in self.pools.values():  # what an interrupted step left half done
             owned = np.flatnonzero(pool.owner >= 0)
             lost = [s for s in owned if not self.ready.flat[pool.owner[s]] and pool.owner[s] not in self.loading]
@@ -116,7 +119,7 @@ class SlotExperts:
             if load.error is None:
                 self.layers[key // self.width].settle(load)
                 self.ready.flat[key] = True
-            elif not load.ahead:
+            elif not load.ahead and not load.left:
                 continue
             self._forget(load)
 
@@ -201,8 +204,6 @@ class SlotExperts:
                 "--lazy slots is not possible; mmap and off are"
             )
         file, offset = found
-        if file not in self._readers:
-            self._readers[file] = FileReader(file, self._direct)
         return self._readers[file], offset, slab.size
 
 

@@ -59,15 +59,16 @@ class MappedFile:
 
         A file that was deleted, or replaced by another one under its name, is still mapped as it was.
         """
-        size = self.data.size()  # of the mapped file, whatever its path leads to by now
-        if size != self.identity.size:
-            raise self.changed(f"size {self.identity.size}, now {size}")
+        device, inode, before, changed = self.identity
         try:
             found = os.stat(self.place)
+            same = found.st_ino == inode and found.st_dev == device
         except OSError:
-            return
-        device, inode, _, changed = self.identity
-        if found.st_mtime_ns != changed and found.st_ino == inode and found.st_dev == device:
+            same = False
+        size = found.st_size if same else self.data.size()  # of the mapped file, whatever its path leads to by now
+        if size != before:
+            raise self.changed(f"size {before}, now {size}")
+        if same and found.st_mtime_ns != changed:
             raise self.changed("written to")
 
     def map_again(self) -> None:

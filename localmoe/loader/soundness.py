@@ -17,15 +17,17 @@ class Soundness:
         self._guard = Guard([(file.address, file.nbytes) for file in files])
 
     def begin(self) -> None:
-        """Before a step. A file that could not be read is tried once more.
+        """Before a step. A file that could not be read is tried once more; only where a fault would end the process are
+        the others looked at as well.
 
         Raises FileFormatError where a file has changed, ReadError where it cannot even be opened.
         """
         while (found := self._guard.fault()) is not None:
             self._files[found[0]].map_again()
             self._guard.forget(found[0])
-        for file in self._files:
-            file.check()
+        if not self._guard.active:
+            for file in self._files:
+                file.check()
 
     def check(self) -> None:
         """After a step, whose results are good unless this raises: FileFormatError where a file has changed, ReadError

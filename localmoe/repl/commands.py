@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from localmoe.errors import LocalMoeError, SettingError
@@ -173,6 +173,21 @@ def experts(talk: Talk, argument: str) -> None:
     for line in rows(uses, screen.width, screen.lines_beside(BESIDE_MAP), plain=screen.is_ascii, blocks=blocks):
         screen.line(line)
     screen.rows(facts(uses, blocks))
+
+
+@command("reopen", help="open the model anew, as after its file changed; the conversation stays")
+def reopen(talk: Talk, argument: str) -> None:
+    if talk.load is None:
+        raise SettingError("this model cannot be opened anew")
+    before = talk.model
+    found = talk.load(replace(before.loading, trace=None))
+    try:
+        talk.session.take(found)
+    except BaseException:
+        found.close()
+        raise
+    before.close()
+    talk.screen.notice(f"({found.name} opened anew)")
 
 
 @command("memory", help="what is where: weights, experts, KV cache, and what is free")

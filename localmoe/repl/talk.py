@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
-from typing import cast
+from typing import Protocol, cast
 
 from localmoe.engine import Progress
-from localmoe.errors import LocalMoeError
+from localmoe.errors import FileFormatError, LocalMoeError
+from localmoe.experts.loading import Loading
 from localmoe.repl.keyboard import silent_keyboard
 from localmoe.repl.render import Screen
 from localmoe.repl.residency import ResidentModel, reads, status
-from localmoe.session import Piece, Session
+from localmoe.session import ChatModel, Piece, Session
 
 READING = "reading the prompt"
 PATIENCE = 1.0  # seconds after a word in which the next one is worth waiting for
@@ -50,12 +51,18 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
 
+class OpenedModel(ChatModel, ResidentModel, Protocol):
+    """What a session talks with, its weights somewhere."""
+
+
 @dataclass
 class Talk:
-    """What a slash command works on; `open` turned off ends the chat after the command."""
+    """What a slash command works on; `open` turned off ends the chat after the command. `load` opens the session's
+    model once more, its weights loaded as it is told."""
 
     session: Session
     screen: Screen
+    load: Callable[[Loading], OpenedModel] | None = None
     open: bool = True
 
     def answer(self, generate: Callable[[Progress], Iterator[Piece]]) -> None:
@@ -77,6 +84,8 @@ class Talk:
                 bar.close()
                 drawn.end()
                 self.screen.error(str(error))
+                if isinstance(error, FileFormatError) and self.load:
+                    self.screen.notice("(/reopen opens it; the conversation stays)")
                 return
             finally:
                 pieces.close()
