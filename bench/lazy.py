@@ -134,7 +134,7 @@ def disk_speed(path: str) -> float:
     from localmoe.experts.pieces import pieces
     from localmoe.experts.probe import probe
     from localmoe.loader.locate import open_source
-    from localmoe.model import Network
+    from localmoe.network import Network
 
     program = Network(open_source(path)).program(1)
     found = probe(pieces(w for op in program.ops if op.name == "experts" for w in op.matrices), 1.0)

@@ -21,7 +21,7 @@ from select import select
 from localmoe.formats import KV_FORMATS
 from localmoe.inspection import needed
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.tokenizer import Tokenizer
 
 COMMAND = "from localmoe.cli import main; main()"

@@ -18,8 +18,8 @@ from localmoe.kernels.cpu.isa import NAMES, host_isa, runnable, target_of
 from localmoe.kernels.cpu.shipped import FOLDER, SUFFIX, Archive
 from localmoe.loader.source import PlannedTensors
 from localmoe.memory import pressure, readable_size, total_nbytes
-from localmoe.model import Network
-from localmoe.outlook import Outlook, outlook, probed, readable_rate
+from localmoe.network import Network
+from localmoe.outlook import Outlook, learned_shares, outlook, probed, readable_rate
 from localmoe.processors import Busy, Watch, clock, governor, hottest
 
 SLOW_DISK = 300e6  # bytes a second: what a SATA SSD gives even at small reads
@@ -57,9 +57,11 @@ def examine(network: Network, memory: int | None = None) -> Findings:
     watch = Watch()
     experts = [w for op in network.program(1).ops if op.name == "experts" for w in op.matrices]
     dense = _others(network, experts)
-    shares = cached_share(pieces(dense)), cached_share(pieces(experts))
+    files = network.source.files
+    shares = cached_share(pieces(dense, files)), cached_share(pieces(experts, files))
     disk = probed(network)
-    found = outlook(network, memory=memory, disk=disk.best.nbytes_per_second if disk else None)
+    rate = disk.best.nbytes_per_second if disk else None
+    found = outlook(network, memory=memory, disk=rate, shares=learned_shares(network))
     isa = host_isa()
     return Findings(
         found,

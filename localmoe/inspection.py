@@ -14,7 +14,7 @@ from localmoe.kernels.program import Op, Program
 from localmoe.loader.locate import open_source
 from localmoe.loader.source import PlannedTensors
 from localmoe.memory import available_nbytes, readable_size, total_nbytes
-from localmoe.model import DEFAULT_CONTEXT, Network
+from localmoe.network import DEFAULT_CONTEXT, Network
 from localmoe.quantisation.planning import plan_folder
 
 Section = tuple[str, list[tuple[str, str]]]

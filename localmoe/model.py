@@ -12,26 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from localmoe.arch.table import family
-from localmoe.errors import DeviceError, FileFormatError, SettingError
-from localmoe.experts import budget
+from localmoe.errors import DeviceError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
 from localmoe.experts.residence import Residence, expert_ops, settle
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.experts.usage import Usage
-from localmoe.formats import Weight
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
-from localmoe.kernels.ops import Ops, trace
-from localmoe.kernels.program import Floats, Program, Progress, Tensor, Watcher
+from localmoe.kernels.program import Floats, Progress, Watcher
 from localmoe.kernels.states import States
-from localmoe.loader.checkpoint import Checkpoint, summary
 from localmoe.loader.locate import open_source
-from localmoe.loader.metadata import Metadata
 from localmoe.loader.soundness import Soundness
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
+from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
 from localmoe.prefault import Prefault
 from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
@@ -39,54 +34,7 @@ from localmoe.template import Template, reasoning_markers
 if TYPE_CHECKING:
     from localmoe.tokenizer import Tokenizer
 
-CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
 SCORE_CHUNK, SCORE_NBYTES = 64, 1 << 27  # all logits of a scoring step are kept: at least 64 rows, at most 128 MB
-DEFAULT_CONTEXT = 8192
-
-
-class Network:
-    """The weights and settings of one model file, and the Programs that its family traces; holds no device."""
-
-    def __init__(self, source: Source) -> None:
-        """Raises UnsupportedError for what no family here implements, FileFormatError for tensors that do not fit
-        it."""
-        self.source = source
-        self.metadata = Metadata(source.metadata, str(source.path))
-        self._programs: dict[tuple[int, bool], Program] = {}
-        self.module = family(self.metadata.architecture, str(source.path))
-        checkpoint = Checkpoint(source)
-        try:
-            self.config: Any = self.module.Config.read(self.metadata)
-            self.weights: Any = self.module.load(self.config, checkpoint)
-            self.program(1)
-        except (ValueError, ArithmeticError) as error:  # each key is sound, but the sizes contradict each other
-            raise FileFormatError(f"{source.path}: the model's sizes do not fit together: {error}") from error
-        self.trained_context = self.metadata.int("context_length", DEFAULT_CONTEXT)
-        self.metadata.finish()
-        self.left_out = summary(checkpoint.finish())
-        self.tensors: Mapping[str, Weight] = checkpoint.given
-
-    def program(self, tokens: int, *, all_rows: bool = False) -> Program:
-        """The family's forward pass for steps of up to `tokens` tokens, traced when first asked for."""
-        if (tokens, all_rows) not in self._programs:
-
-            def forward(ops: Ops) -> Tensor:
-                result: Tensor = self.module.forward(ops, self.config, self.weights, ops.input, ops.cache)
-                return result
-
-            self._programs[tokens, all_rows] = trace(forward, tokens, all_rows=all_rows)
-        return self._programs[tokens, all_rows]
-
-    def weights_by_use(self, *, experts: bool = True) -> list[Weight]:
-        """The matrices that one token reads, in the order of their use, and after them the experts, of which it may
-        read any; of the embedding it reads one row."""
-        ops = [op for op in self.program(1).ops if op.name != "embed" and (experts or op.name != "experts")]
-        return [weight for op in sorted(ops, key=lambda op: op.name == "experts") for weight in op.matrices]
-
-    def needed(self, context: int, kv_format: str) -> budget.Needed:
-        """What a chat with a context of so many tokens needs beside the weights; compiles nothing."""
-        programs = [self.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
-        return budget.needed(programs, self.source.metadata, int(self.config.vocabulary), context, kv_format)
 
 
 class Model:

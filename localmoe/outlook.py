@@ -14,13 +14,15 @@ from localmoe.experts.choice import Choice, choose
 from localmoe.experts.hits import Expected, Shares, assumed_shares, even_shares, expected
 from localmoe.experts.pieces import pieces
 from localmoe.experts.probe import DiskSpeed, probe
+from localmoe.experts.residence import SHARE
 from localmoe.experts.sizes import Sizes
+from localmoe.experts.usage import Usage
 from localmoe.inspection import Section, needed, parameters, readable_count
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.limits import Limits, Rates
 from localmoe.kernels.open import cache_format
 from localmoe.memory import available_nbytes, readable_size
-from localmoe.model import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
 
 REACHED = 0.8  # of a limit by generating, see docs/performance.md: 72 to 89 % over formats and sizes
 READ_NBYTES = 1 << 27  # for the rate of memory: beyond the caches of a few cores, and read in a tenth of a second
@@ -112,7 +114,7 @@ def outlook(
         best = found.best
         disk = best.nbytes_per_second
         disk_from = f"probed: reads of {readable_size(found.read_nbytes)}, {best.depth} at once, {best.way}"
-    budget = available_nbytes() if memory is None else memory
+    budget = int(SHARE * available_nbytes()) if memory is None else memory
     choice = choose(sizes, beside.nbytes, budget, promised=memory is not None, nbytes_per_second=disk)
     bound = step_work(program, 1, asked / 2, kv_format).bound(machine_rates())
     fits = sizes.weights + beside.nbytes <= budget
@@ -147,7 +149,20 @@ def probed(network: Network) -> DiskSpeed | None:
     """How fast the disk gives this model's experts, or all its matrices where it has none; None where nobody knows: a
     model that is planned, or whose files lie in no disk."""
     experts = [w for op in network.program(1).ops if op.name == "experts" for w in op.matrices]
-    return probe(pieces(experts or network.weights_by_use()))
+    return probe(pieces(experts or network.weights_by_use(), network.source.files))
+
+
+def learned_shares(network: Network) -> list[Shares] | None:
+    """How earlier sessions used the experts of each layer, (E,) each; assumed for a layer that none used, None where
+    nothing is known."""
+    layers = Sizes.of(network.tensors, network.program(1)).layers
+    counts = {layer.count for layer in layers}
+    if len(counts) != 1 or not network.source.files:
+        return None
+    known = Usage(network.source, len(layers), counts.pop()).prior
+    if not known.any():
+        return None
+    return [row if row.any() else assumed_shares(layer) for row, layer in zip(known, layers, strict=True)]
 
 
 def machine_rates() -> Rates:

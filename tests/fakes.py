@@ -107,6 +107,7 @@ class FakeModel:
         self.before_call: Callable[[], None] = lambda: None
         self.closed = False
         self.loading, self.residency_mode, self.loading_reason = Loading(), "mmap", "all of it fits"
+        self.loading_problem = ""
         self.trouble = ""
         self.step_counts = Counts(
             steps=1, tokens=1, chosen=8, hits=6, nbytes_read=5_000_000, waited_seconds=0.25, seconds=0.5

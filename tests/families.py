@@ -14,7 +14,7 @@ from localmoe.formats import FORMATS, Weight
 from localmoe.kernels.open import Device, open_device
 from localmoe.kernels.program import Op
 from localmoe.loader.source import Source
-from localmoe.model import Network
+from localmoe.network import Network
 
 Array = npt.NDArray[np.float32]
 

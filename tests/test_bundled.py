@@ -9,7 +9,7 @@ import pytest
 import localmoe
 from localmoe.inspection import report
 from localmoe.loader.locate import bundled, open_source
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.notebook import LoadedModel
 
 

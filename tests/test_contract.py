@@ -21,7 +21,8 @@ from localmoe.errors import UnsupportedError
 from localmoe.evaluation.own_pass import own_pass
 from localmoe.experts.loading import Loading
 from localmoe.inspection import program_table, report
-from localmoe.model import Model, Network
+from localmoe.model import Model
+from localmoe.network import Network
 from localmoe.repl.input import LineReader
 from localmoe.repl.loop import converse
 from localmoe.repl.render import Screen

@@ -30,7 +30,7 @@ from localmoe.kernels.quantise import quantise
 from localmoe.kernels.reference_weights import values
 from localmoe.loader.gguf import open_gguf
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.quantisation.gguf_form import PAIRED
 from localmoe.quantisation.quantiser import Quantiser
 from localmoe.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.kernels.reference_weights import values
 from localmoe.loader.gguf import open_gguf
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.quantisation.rearranging import with_columns
 from localmoe.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from localmoe.errors import UnsupportedError
 from localmoe.experts.probe import DiskSpeed, Rate
 from localmoe.inspection import open_network
 from localmoe.kernels.cpu.limits import Rates
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.outlook import outlook
 from localmoe.processors import Busy
 

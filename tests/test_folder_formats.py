@@ -15,7 +15,7 @@ from test_scaled import e4m3
 
 from localmoe.errors import LocalMoeError
 from localmoe.loader.huggingface import open_folder
-from localmoe.model import Network
+from localmoe.network import Network
 
 Array = np.ndarray
 Stored = dict[str, tuple[str, tuple[int, ...], bytes]]

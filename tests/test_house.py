@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("arch", "tokenizer", "template"),
     ("quantisation",),
     ("experts",),
+    ("network",),
     ("model",),
     ("engine",),
     ("inspection", "benchmark", "conversion", "evaluation", "session"),

@@ -17,7 +17,7 @@ from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.cpu.lower import Lowering
 from localmoe.loader.locate import open_source
 from localmoe.memory import readable_size
-from localmoe.model import Network
+from localmoe.network import Network
 
 # qwen3moe of tiny_models, elements: embedding and output 260 × 64 each; a block has q and output 64 × 64, k and v
 # 32 × 64, norms 64, 64, 16 and 16, a router 6 × 64, and 6 experts of 3 × 32 × 64; one last norm of 64.

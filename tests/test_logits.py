@@ -13,7 +13,7 @@ from verified import claim
 
 from localmoe.kernels.cpu.isa import runnable
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 
 SETS = (
     "llama", "llama3-rope", "mistral-swa", "mixtral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "olmoe",

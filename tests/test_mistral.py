@@ -21,7 +21,7 @@ from localmoe.loader.huggingface import open_folder
 from localmoe.loader.huggingface_config import config_keys
 from localmoe.loader.locate import open_source
 from localmoe.loader.mistral import hugging_face, renamed
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.pretokenizers import PRETOKENIZERS
 from localmoe.tokenizer import Tokenizer
 

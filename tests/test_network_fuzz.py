@@ -14,7 +14,7 @@ from registry import MODELS, written
 from localmoe.errors import LocalMoeError
 from localmoe.loader.locate import bundled, open_source
 from localmoe.loader.source import Source
-from localmoe.model import Network
+from localmoe.network import Network
 
 INTEGERS = (0, 1, 2, 3, 5, 7, 255, 65537, 2**31 - 1, 2**31, 2**63, -1)
 FLOATS = (0.0, -1.0, 1e-30, 1e30, math.inf, math.nan)

@@ -25,7 +25,7 @@ from verified import claim
 
 from localmoe.evaluation.transformers_model import ROUTERS, expert_ids
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 
 pytestmark = pytest.mark.oracle
 

@@ -17,7 +17,7 @@ from test_oracle import ALL, TOKENS, random_model, transformers
 from localmoe.conversion.convert import convert
 from localmoe.errors import UnsupportedError
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 
 pytestmark = pytest.mark.oracle
 __all__ = ["transformers"]  # the fixture

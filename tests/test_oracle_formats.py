@@ -15,7 +15,7 @@ from test_oracle import SEEDS, TOKENS, compare, random_model, transformers
 
 from localmoe.loader.locate import open_source
 from localmoe.loader.mistral import LATENT
-from localmoe.model import Network
+from localmoe.network import Network
 
 pytestmark = pytest.mark.oracle
 __all__ = ["transformers"]  # the fixture

@@ -23,7 +23,7 @@ from verified import NAME as VERIFIED
 from verified import claim
 
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 
 pytestmark = pytest.mark.oracle
 __all__ = ["transformers"]  # the fixture

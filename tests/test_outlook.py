@@ -17,9 +17,10 @@ from localmoe.errors import SettingError
 from localmoe.experts.choice import choose
 from localmoe.experts.hits import assumed_shares, even_shares, expected
 from localmoe.experts.sizes import Routed, Sizes
+from localmoe.experts.usage import Usage
 from localmoe.inspection import open_network
 from localmoe.kernels.cpu.limits import Rates
-from localmoe.outlook import REACHED, Outlook, numbers, outlook, sections
+from localmoe.outlook import REACHED, Outlook, learned_shares, numbers, outlook, sections
 
 GB, GIB = 10**9, 1 << 30
 KIMI = Routed(256, 8, 1_000_000)
@@ -203,6 +204,20 @@ def test_known_use_takes_the_place_of_what_is_assumed(tiny: Path) -> None:
     assert known.expected.hit_rate == 1
     assert numbers(known)["hit_rate_from"] == "its use so far"
     assert numbers(outlook(network, memory=memory))["hit_rate_from"] == "assumed, as measured of Kimi-Linear"
+
+
+def test_what_sessions_learned_is_read_and_layers_that_none_used_are_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALMOE_CACHE", str(tmp_path))
+    network = open_network(qwen3moe(tmp_path / "tiny.gguf", format="Q8_0"))
+    assert learned_shares(network) is None
+    uses = np.zeros((2, 6), np.int64)
+    uses[1, 3] = 7
+    Usage(network.source, 2, 6).learn(uses)
+    first, second = learned_shares(network) or ([], [])
+    assert list(second) == [0, 0, 0, 1, 0, 0]
+    assert list(first) == list(assumed_shares(Routed(6, 2, 100)))
 
 
 def test_without_a_speed_of_the_disk_none_is_invented(tiny: Path) -> None:

@@ -20,7 +20,7 @@ from localmoe.errors import FileFormatError, LocalMoeError, UnsupportedError
 from localmoe.inspection import report
 from localmoe.loader.locate import open_source
 from localmoe.loader.planning import is_plan, open_plan
-from localmoe.model import Network
+from localmoe.network import Network
 
 
 def figures(path: Path) -> dict[str, str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+import localmoe.experts.pieces
 import localmoe.experts.probe
-from localmoe.experts.pieces import Piece, cached_share, pieces
+from localmoe.experts.pieces import Piece, cached_share
 from localmoe.experts.probe import ALIGNMENT, MOST_NBYTES, DiskSpeed, Rate, Reader, probe
 from localmoe.formats import FORMATS, Weight
+from localmoe.loader.files import MappedFile
 
 NBYTES = 48 * 1024 + 100  # of a matrix; neither it nor the place where the first begins is a multiple of a page
 EXPERTS, BEGIN = 64, 1000
@@ -22,18 +24,26 @@ EXPERTS, BEGIN = 64, 1000
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and the page cache")
 
 
-def experts(path: Path) -> Weight:
-    """A file of EXPERTS matrices on disk, none of it in the page cache, as the view that a loader gives."""
+def experts(path: Path) -> Model:
+    """A file of EXPERTS matrices on disk, none of it in the page cache, as a loader gives it."""
     with open(path, "wb") as file:
         file.write(np.random.default_rng(1).bytes(BEGIN + EXPERTS * NBYTES))
         file.flush()
         os.fsync(file.fileno())
     drop(path)
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    whole = np.frombuffer(data, np.uint8)[BEGIN:]
+    mapped = MappedFile.of(path)
+    whole = np.frombuffer(mapped.data, np.uint8)[BEGIN:]
     slabs = tuple(whole[i * NBYTES : (i + 1) * NBYTES] for i in range(EXPERTS))
-    return Weight("blk.0.ffn_gate_exps.weight", (EXPERTS, 1, NBYTES), FORMATS["I8"], slabs)
+    return Model(Weight("blk.0.ffn_gate_exps.weight", (EXPERTS, 1, NBYTES), FORMATS["I8"], slabs), mapped)
+
+
+class Model(NamedTuple):
+    weight: Weight
+    file: MappedFile
+
+
+def pieces(model: Model) -> list[Piece]:
+    return localmoe.experts.pieces.pieces([model.weight], [model.file])
 
 
 def drop(path: Path) -> None:
@@ -46,12 +56,12 @@ def without_direct_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_matrices_are_found_where_they_lie_in_the_file(tmp_path: Path) -> None:
-    weight = experts(tmp_path / "a file")
-    found = pieces([weight])
+    model = experts(tmp_path / "a file")
+    found = pieces(model)
     assert sorted(piece.start for piece in found) == [BEGIN + i * NBYTES for i in range(EXPERTS)]
     assert {(piece.path, piece.nbytes) for piece in found} == {(tmp_path / "a file", NBYTES)}
     content = (tmp_path / "a file").read_bytes()
-    by_address = {slab.ctypes.data: slab.tobytes() for slab in weight.slabs}
+    by_address = {slab.ctypes.data: slab.tobytes() for slab in model.weight.slabs}
     assert all(by_address[p.address] == content[p.start : p.start + NBYTES] for p in found)
 
 
@@ -59,13 +69,14 @@ def test_memory_that_is_no_file_has_no_place(tmp_path: Path) -> None:
     slab = np.zeros(100_000, np.uint8)
     planned = np.broadcast_to(np.zeros(1, np.uint8), 100_000)  # of a model that is planned
     weights = [Weight("x", (1, 100_000), FORMATS["I8"], (data,)) for data in (slab, planned)]
-    assert pieces(weights) == []
-    assert pieces([experts(tmp_path / "file")], maps=tmp_path / "nowhere") == []
+    model = experts(tmp_path / "file")
+    assert localmoe.experts.pieces.pieces(weights, [model.file]) == []
+    assert localmoe.experts.pieces.pieces([model.weight], []) == []
 
 
 def test_the_share_in_the_page_cache_is_that_of_the_pages_read(tmp_path: Path) -> None:
-    weight = experts(tmp_path / "file")
-    found = pieces([weight])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
     assert cached_share(found) == 0
     with open(tmp_path / "file", "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -79,7 +90,8 @@ def test_the_share_in_the_page_cache_is_that_of_the_pages_read(tmp_path: Path) -
 def test_of_a_file_that_belongs_to_another_the_system_does_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = pieces([experts(tmp_path / "file")])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
     monkeypatch.setattr(os, "geteuid", lambda: -1)
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert cached_share(found) is None
@@ -91,8 +103,8 @@ def test_a_probe_leaves_nothing_in_the_page_cache(
 ) -> None:
     if not direct:
         without_direct_reads(monkeypatch)
-    weight = experts(tmp_path / "file")
-    found = pieces([weight])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
     speed = probe(found, seconds=0.05)
     assert speed is not None
     assert cached_share(found) == 0
@@ -102,35 +114,37 @@ def test_a_probe_leaves_nothing_in_the_page_cache(
 
 def test_what_is_cached_stays_so_and_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_direct_reads(monkeypatch)
-    weight = experts(tmp_path / "file")
+    model = experts(tmp_path / "file")
     (tmp_path / "file").read_bytes()
-    assert probe(pieces([weight]), seconds=0.05) is None
-    assert cached_share(pieces([weight])) == 1
+    assert probe(pieces(model), seconds=0.05) is None
+    assert cached_share(pieces(model)) == 1
 
 
 @pytest.mark.parametrize("way", ["direct", "buffered"])
 def test_a_reader_reads_whole_pages_around_a_piece(tmp_path: Path, way: localmoe.experts.probe.Way) -> None:
-    weight = experts(tmp_path / "file")
+    model = experts(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     drop(tmp_path / "file")
     if way == "direct" and not localmoe.experts.probe._reads_directly(tmp_path / "file"):
         pytest.skip("this file system reads through the page cache only")
     with Reader(way, MOST_NBYTES) as reader:
-        for piece in pieces([weight]):
+        for piece in pieces(model):
             nbytes, start = reader.read(piece), piece.start & -ALIGNMENT
             assert start + nbytes >= piece.start + piece.nbytes
             assert reader._buffer[:nbytes] == content[start : start + nbytes]
 
 
 def test_a_reader_reads_no_more_than_its_limit(tmp_path: Path) -> None:
-    found = pieces([experts(tmp_path / "file")])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
     with Reader("buffered", ALIGNMENT) as reader:
         assert reader.read(found[0]) == ALIGNMENT
 
 
 def test_a_slow_disk_is_not_read_for_longer_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_direct_reads(monkeypatch)
-    found = pieces([experts(tmp_path / "file")])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
     reads = []
 
     def slow(file: int, buffers: list[memoryview], start: int) -> int:
@@ -148,7 +162,8 @@ def test_a_disk_on_which_the_first_read_takes_all_the_time_has_a_speed_all_the_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_direct_reads(monkeypatch)
-    found = pieces([experts(tmp_path / "file")])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
 
     def slow(file: int, buffers: list[memoryview], start: int) -> int:
         time.sleep(0.1)
@@ -164,15 +179,15 @@ def test_a_disk_on_which_the_first_read_takes_all_the_time_has_a_speed_all_the_s
 def test_holes_of_a_sparse_file_tell_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(10 << 20)
-    with open(tmp_path / "sparse", "rb") as file:
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    weight = Weight("x", (1, data.size), FORMATS["I8"], (data,))
+    mapped = MappedFile.of(tmp_path / "sparse")
+    data = np.frombuffer(mapped.data, np.uint8)
+    model = Model(Weight("x", (1, data.size), FORMATS["I8"], (data,)), mapped)
     tries = []
     monkeypatch.setattr(localmoe.experts.probe, "_is_hole", lambda *place: tries.append(place) or True)
-    assert probe(pieces([weight]), seconds=60) is None  # it does not go on for a minute
+    assert probe(pieces(model), seconds=60) is None  # it does not go on for a minute
     assert len(tries) == localmoe.experts.probe.SKIPPED
     monkeypatch.undo()
-    assert probe(pieces([weight]), seconds=0.02) is None
+    assert probe(pieces(model), seconds=0.02) is None
 
 
 def test_nothing_is_said_of_no_pieces_and_of_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -182,7 +197,8 @@ def test_nothing_is_said_of_no_pieces_and_of_files_that_cannot_be_read(tmp_path:
 
 def test_a_read_that_fails_ends_the_probe_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_direct_reads(monkeypatch)
-    found = pieces([experts(tmp_path / "file")])
+    model = experts(tmp_path / "file")
+    found = pieces(model)
 
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")

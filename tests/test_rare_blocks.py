@@ -14,7 +14,7 @@ from kernel_calls import random_rows
 from localmoe.formats import FORMATS
 from localmoe.kernels.reference_weights import dequantise
 from localmoe.loader.gguf import open_gguf
-from localmoe.model import Network
+from localmoe.network import Network
 
 WIDTH, VOCABULARY = 256, 40
 KEYS = {

@@ -16,7 +16,7 @@ from localmoe.errors import DeviceError
 from localmoe.inspection import report
 from localmoe.kernels.cpu.device import CpuDevice
 from localmoe.kernels.states import BACK, States
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.notebook import LoadedModel
 from localmoe.sampling import SamplingSettings
 

@@ -57,7 +57,7 @@ from localmoe.kernels.reference_router import choose
 from localmoe.loader.huggingface_config import config_keys
 from localmoe.loader.locate import open_source
 from localmoe.loader.metadata import Metadata
-from localmoe.model import Network
+from localmoe.network import Network
 
 TOLERANCE = 1e-5  # 2e-6 is seen
 SPRUNG = 1e-3

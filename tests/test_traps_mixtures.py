@@ -37,7 +37,7 @@ from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.formats import FORMATS, Weight
 from localmoe.kernels.reference_weights import values
 from localmoe.loader.huggingface_config import FAMILIES
-from localmoe.model import Network
+from localmoe.network import Network
 
 TOLERANCE = 1e-5
 SPRUNG = 1e-3

@@ -38,7 +38,7 @@ from localmoe.inspection import report
 from localmoe.kernels.reference_weights import values
 from localmoe.loader.huggingface_config import FAMILIES, config_keys
 from localmoe.loader.locate import open_source
-from localmoe.model import Network
+from localmoe.network import Network
 
 TOLERANCE = 2e-5
 SPRUNG = 1e-3

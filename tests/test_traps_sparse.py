@@ -18,7 +18,7 @@ from tiny_sparse import CHOSEN, INDEXER, MODELS, deepseek32, glm_dsa, sparse
 
 from localmoe.errors import FileFormatError, UnsupportedError
 from localmoe.loader.huggingface_config import config_keys
-from localmoe.model import Network
+from localmoe.network import Network
 
 TOLERANCE = 1e-5
 SPRUNG = 1e-3

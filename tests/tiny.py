@@ -11,7 +11,7 @@ from families import in_memory
 from paper import Formula, plain_frequencies, yarn_frequencies, yarn_magnitude
 
 from localmoe.loader.source import Source
-from localmoe.model import Network
+from localmoe.network import Network
 
 D, H, K, d, F, E, V, S = 64, 4, 2, 24, 32, 12, 61, 64  # a head's 24 is not D / H
 L, R, NOPE, TURN, VALUE = 32, 32, 16, 8, 32  # latent, q's rank, a key's two parts, a value

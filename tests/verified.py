@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from localmoe.model import Network
+from localmoe.network import Network
 
 NAME = "verified"
 Claim = dict[str, Any]

@@ -77,7 +77,8 @@ def plan(
     from localmoe.repl.render import Screen
 
     network = open_network(model, quantize)
-    found = outlook.outlook(network, memory=budget, disk=disk, context=context, kv_format=kv)
+    shares = outlook.learned_shares(network)
+    found = outlook.outlook(network, memory=budget, disk=disk, context=context, kv_format=kv, shares=shares)
     if as_json:
         print(json.dumps(outlook.numbers(found), indent=2, ensure_ascii=False))
     else:

@@ -28,7 +28,7 @@ from localmoe.kernels.program import Progress
 from localmoe.loader.locate import open_source
 from localmoe.loader.source import Source
 from localmoe.memory import readable_size
-from localmoe.model import Network
+from localmoe.network import Network
 from localmoe.quantisation.file_types import file_type
 from localmoe.quantisation.gguf_form import kept_names
 from localmoe.quantisation.planning import Plan, plan

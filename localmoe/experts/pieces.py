@@ -8,7 +8,6 @@ import mmap
 import os
 import random
 import sys
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from localmoe.formats import Bytes, Weight
+from localmoe.loader.files import MappedFile, place
 
 MOST = 4096  # pieces, picked at random: a model has up to a hundred thousand
 MOST_NBYTES = 8 << 30  # that the page cache is asked about
 SPAN = 64 << 20  # bytes of one question
-MAPS = Path("/proc/self/maps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +49,13 @@ class Piece:
         return there / pages
 
 
-def pieces(weights: Iterable[Weight], maps: Path = MAPS) -> list[Piece]:
-    """The slabs of matrices that are views of mapped files, MOST of them at most, in random order; the weights must
-    live as long as they do. Empty where nothing is mapped or the system does not tell what is."""
-    mappings = _mappings(maps)
-    firsts = [mapping.first for mapping in mappings]
+def pieces(weights: Iterable[Weight], files: Sequence[MappedFile]) -> list[Piece]:
+    """The slabs of matrices that are views of `files`, MOST of them at most, in random order; the weights must live as
+    long as they do. Empty where the model is planned, or lies in memory."""
     found = []
     for slab in _some_slabs(weights):
-        index = bisect_right(firsts, address := slab.ctypes.data) - 1
-        if index >= 0 and address + slab.size <= mappings[index].end:
-            mapping = mappings[index]
-            found.append(Piece(mapping.path, mapping.offset + address - mapping.first, slab.size, address))
+        if here := place(files, address := slab.ctypes.data, slab.size):
+            found.append(Piece(Path(here[0].place), here[1], slab.size, address))
     return found
 
 
@@ -88,27 +83,3 @@ def _owned(path: Path) -> bool:
 def _some_slabs(weights: Iterable[Weight]) -> list[Bytes]:
     slabs = [slab for weight in weights for slab in weight.slabs if slab.strides == (1,)]
     return random.sample(slabs, min(MOST, len(slabs)))
-
-
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """A file's bytes from `offset` on are in memory from `first` to `end`."""
-
-    first: int
-    end: int
-    offset: int
-    path: Path
-
-
-def _mappings(maps: Path) -> list[Mapping]:
-    """The files that this process has mapped, by address; see proc_pid_maps(5)."""
-    try:
-        lines = [line.split(None, 5) for line in os.fsdecode(maps.read_bytes()).splitlines()]
-    except OSError:
-        return []
-    found = []
-    for fields in lines:
-        if len(fields) == 6 and fields[5].startswith("/"):
-            first, end = (int(address, 16) for address in fields[0].split("-"))
-            found.append(Mapping(first, end, int(fields[2], 16), Path(fields[5].replace("\\012", "\n"))))
-    return found

@@ -97,7 +97,7 @@ def settle(
     mode, why, disk = loading.mode, "as asked", None
     if mode == "auto":
         choice = choose(sizes, beside, budget, promised=loading.memory is not None)
-        if choice.mode == "slots" and (disk := probe(pieces(weight for op in ops for weight in op.matrices))):
+        if choice.mode == "slots" and (disk := probe(pieces((w for op in ops for w in op.matrices), source.files))):
             choice = replace(choice, why=f"{choice.why}; disk {readable_size(disk.best.nbytes_per_second)}/s")
         mode, why = choice.mode, choice.why
     fits = sizes.weights + beside <= budget
