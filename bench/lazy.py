@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+PROMPT = 256  # tokens that fill the memory, ours and llama.cpp's, before tokens are counted
 OF_LIMIT = 0.97  # of the group's memory is our budget: the rest is the kernel's own (page tables, sockets)
 MAIN = Path(__file__).resolve()
 
@@ -71,7 +72,7 @@ def drop_caches() -> None:
 
 
 def child(path: str, mode: str, memory: int, tokens: int) -> dict[str, Any]:
-    """One run of ours: a token to warm up, then `tokens` of them, random ones as llama-bench takes."""
+    """One run of ours: a prompt, then `tokens` of them, random ones as llama-bench takes."""
     import numpy as np
 
     from localmoe.experts.loading import Loading
@@ -79,20 +80,20 @@ def child(path: str, mode: str, memory: int, tokens: int) -> dict[str, Any]:
 
     begun = time.perf_counter()
     budget = memory if mode != "mmap" else None
-    model = Model(path, threads=2, context=512, loading=Loading(mode, memory=budget, learned=False))
+    model = Model(path, threads=2, context=PROMPT + tokens, loading=Loading(mode, memory=budget, learned=False))
     opened = time.perf_counter() - begun
-    ids = np.random.default_rng(1).integers(0, model.network.config.vocabulary, tokens + 1).tolist()
-    model.forward(ids[:1], 0)
+    ids = np.random.default_rng(1).integers(0, model.network.config.vocabulary, PROMPT + tokens).tolist()
+    model.forward(ids[:PROMPT], 0, prompt=True)
     first = time.perf_counter() - begun
     before, begun = model.counts(), time.perf_counter()
-    for i in range(1, tokens + 1):
+    for i in range(PROMPT, PROMPT + tokens):
         model.forward([ids[i]], i)
     seconds = time.perf_counter() - begun
     counts = model.counts() - before
     found = {
         "tokens_per_second": tokens / seconds,
         "open_seconds": opened,
-        "first_token_seconds": first,
+        "prompt_seconds": first - opened,
         "mode": model.residency_mode,
         "why": model.loading_reason,
         "hit_rate": counts.hit_rate if counts.chosen else None,
@@ -119,10 +120,9 @@ def peer(binary: str, path: str, limit: int, tokens: int) -> dict[str, Any]:
     """llama.cpp with its weights mapped, not repacked (which would copy them)."""
     group = Group(limit)
     drop_caches()
+    how = ["-t", "2", "-p", "0", "-n", str(tokens), "-d", str(PROMPT), "-r", "1", "--repack", "0", "-o", "json"]
     try:
-        text, code = group.run(
-            [binary, "-m", path, "-t", "2", "-p", "0", "-n", str(tokens), "-r", "1", "-o", "json", "--repack", "0"]
-        )
+        text, code = group.run([binary, "-m", path, *how])
         found = {"tokens_per_second": json.loads(text)[0]["avg_ts"]} if code == 0 else {"failed": code}
         return {**found, "peak": group.peak(), "killed": group.killed()}
     finally:
@@ -136,8 +136,10 @@ def disk_speed(path: str) -> float:
     from localmoe.loader.locate import open_source
     from localmoe.network import Network
 
-    program = Network(open_source(path)).program(1)
-    found = probe(pieces(w for op in program.ops if op.name == "experts" for w in op.matrices), 1.0)
+    source = open_source(path)
+    program = Network(source).program(1)
+    weights = [w for op in program.ops if op.name == "experts" for w in op.matrices]
+    found = probe(pieces(weights, source.files), 1.0)
     return found.best.nbytes_per_second if found else 0.0
 
 

@@ -173,7 +173,7 @@ class Model:
         return self._running.uses()
 
     def _needed_nbytes(self) -> int:
-        return self.network.needed(self.context, self._kv_format).nbytes
+        return self.network.needed(self.context, self._kv_format).resident
 
     @property
     def _running(self) -> Residence:

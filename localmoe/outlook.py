@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from localmoe.benchmark.work import Bound, step_work
-from localmoe.experts.budget import Needed
+from localmoe.experts.budget import LIBRARIES_NBYTES, Needed
 from localmoe.experts.choice import Choice, choose
 from localmoe.experts.hits import Expected, Shares, assumed_shares, even_shares, expected
 from localmoe.experts.pieces import pieces
@@ -69,25 +69,26 @@ class Outlook:
     @property
     def smallest(self) -> int:
         """The smallest budget that would work: what every token reads, the experts of one layer, and all beside."""
-        return self.sizes.least + self.beside.nbytes
+        return self.sizes.least + self.beside.resident
 
     @property
     def room(self) -> int:
         """For experts."""
-        return max(0, self.memory - self.sizes.dense - self.beside.nbytes)
+        return max(0, self.memory - self.sizes.stays - self.beside.resident)
 
     @property
     def refusal(self) -> str | None:
         """Why it cannot be run, with the numbers; None if it can."""
         within = f"{readable_size(self.memory)} {'allowed' if self.promised else 'free'}"
-        if self.beside.nbytes > self.memory:
+        if self.beside.resident > self.memory:
             what = f"{self.beside.parts} at {self.context:,} tokens"
-            return f"needs {readable_size(self.beside.nbytes)} beside its weights ({what}), and there are {within}"
+            return f"needs {readable_size(self.beside.resident)} beside its weights ({what}), and there are {within}"
         if self.choice.mode == "slots" and self.smallest > self.memory:
             return (
                 f"needs at least {readable_size(self.smallest)}, and there are {within}: "
-                f"{readable_size(self.sizes.dense)} of dense weights, {readable_size(self.sizes.least_experts)} of "
-                f"experts for one layer, {readable_size(self.beside.nbytes)} beside them"
+                f"{readable_size(self.sizes.stays)} of dense weights, "
+                f"{readable_size(self.sizes.least_experts)} of experts for one layer, "
+                f"{readable_size(self.beside.resident)} beside them"
             )
         return None
 
@@ -115,10 +116,10 @@ def outlook(
         disk = best.nbytes_per_second
         disk_from = f"probed: reads of {readable_size(found.read_nbytes)}, {best.depth} at once, {best.way}"
     budget = int(SHARE * available_nbytes()) if memory is None else memory
-    choice = choose(sizes, beside.nbytes, budget, promised=memory is not None, nbytes_per_second=disk)
+    choice = choose(sizes, beside.resident, budget, promised=memory is not None, nbytes_per_second=disk)
     bound = step_work(program, 1, asked / 2, kv_format).bound(machine_rates())
-    fits = sizes.weights + beside.nbytes <= budget
-    room = sizes.experts if fits else max(0, budget - sizes.dense - beside.nbytes)
+    fits = sizes.weights + beside.resident <= budget
+    room = sizes.experts if fits else max(0, budget - sizes.stays - beside.resident)
     likely = worst = None
     if sizes.layers:
         likely = expected(sizes.layers, shares or [assumed_shares(layer) for layer in sizes.layers], room)
@@ -195,7 +196,11 @@ def sections(found: Outlook) -> list[Section]:
         ("parameters", f"{readable_count(total)}, {readable_count(active)} active for one token"),
         ("weights", f"{readable_size(sizes.weights)}: {weights_in_words(sizes)}"),
         ("read for one token", readable_size(found.network.program(1).weight_nbytes(1))),
-        (f"beside them at {found.context:,} tokens", f"{readable_size(found.beside.nbytes)}: {found.beside.parts}"),
+        (
+            f"beside them at {found.context:,} tokens",
+            f"{readable_size(found.beside.resident)}: {found.beside.parts}, pages of their files "
+            f"{readable_size(LIBRARIES_NBYTES)}",
+        ),
     ]
     memory = [
         ("allowed" if found.promised else "free", readable_size(found.memory)),
@@ -219,9 +224,9 @@ def weights_in_words(sizes: Sizes) -> str:
 
 
 def smallest_in_words(found: Outlook) -> str:
-    whole = found.sizes.weights + found.beside.nbytes
+    whole = found.sizes.weights + found.beside.resident
     if found.sizes.layers:
-        useful = readable_size(found.sizes.useful + found.beside.nbytes)
+        useful = readable_size(found.sizes.useful + found.beside.resident)
         return f"{readable_size(found.smallest)}; {useful} for what one token uses, {readable_size(whole)} for all"
     return f"{readable_size(whole)}; below that, every token reads all weights again"
 
@@ -268,10 +273,10 @@ def numbers(found: Outlook) -> dict[str, object]:
         "token_experts_nbytes": found.sizes.token_experts,
         "context": found.context,
         "cache_nbytes": found.beside.cache,
-        "beside_nbytes": found.beside.nbytes,
+        "beside_nbytes": found.beside.resident,
         "memory_nbytes": found.memory,
-        "smallest_nbytes": found.smallest if found.sizes.layers else found.sizes.weights + found.beside.nbytes,
-        "useful_nbytes": found.sizes.useful + found.beside.nbytes,
+        "smallest_nbytes": found.smallest if found.sizes.layers else found.sizes.weights + found.beside.resident,
+        "useful_nbytes": found.sizes.useful + found.beside.resident,
         "loading": found.choice.mode,
         "room_nbytes": found.room,
         "experts": sum(layer.count for layer in found.sizes.layers),

@@ -106,8 +106,8 @@ def test_a_value_given_twice_is_measured_once() -> None:
 def test_a_budget_is_for_the_modes_that_have_a_use_for_it() -> None:
     asked = request.read_request("m", lazy="slots,mmap", memory="4GiB", expert_policy="lru")
     assert [s.how["loading"] for s in asked.settings] == [
-        Loading("slots", memory=4 << 30, policy="lru"),
-        Loading("mmap", memory=4 << 30, policy="lru"),
+        Loading("slots", memory=4 << 30, policy="lru", learned=False),
+        Loading("mmap", memory=4 << 30, policy="lru", learned=False),
     ]
 
 

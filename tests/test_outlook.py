@@ -91,8 +91,8 @@ def test_sizes_are_those_of_the_file(tiny: Path) -> None:
     )
     assert sizes == Sizes(66_080 - embedding, embedding, (Routed(6, 2, expert),) * 2)
     assert sizes.weights == 66_080 + 12 * expert
-    assert sizes.least == 66_080 - embedding + 2 * expert
-    assert sizes.useful == 66_080 - embedding + 4 * expert
+    assert sizes.least == 66_080 + 2 * expert
+    assert sizes.useful == 66_080 + 4 * expert
 
 
 def test_an_embedding_that_is_the_output_too_stays_in_memory(tmp_path: Path, conformance: Path) -> None:
@@ -174,8 +174,8 @@ def test_auto_says_what_it_chose_and_why(
 def test_a_token_takes_the_time_of_its_reads_and_of_its_arithmetic(tiny: Path) -> None:
     network = open_network(tiny)
     sizes = Sizes.of(network.tensors, network.program(1))
-    beside = outlook(network).beside.nbytes
-    half = outlook(network, memory=sizes.dense + beside + sizes.experts // 2, disk=1000)
+    beside = outlook(network).beside.resident
+    half = outlook(network, memory=sizes.stays + beside + sizes.experts // 2, disk=1000)
     assert half.worst is not None
     assert half.speed is not None
     assert half.worst_speed is not None
@@ -198,7 +198,7 @@ def test_what_fits_is_limited_by_memory(tiny: Path) -> None:
 def test_known_use_takes_the_place_of_what_is_assumed(tiny: Path) -> None:
     network = open_network(tiny)
     sizes = Sizes.of(network.tensors, network.program(1))
-    memory = sizes.useful + outlook(network).beside.nbytes
+    memory = sizes.useful + outlook(network).beside.resident
     known = outlook(network, memory=memory, disk=GB, shares=[np.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0])] * 2)
     assert known.expected is not None
     assert known.expected.hit_rate == 1
@@ -223,7 +223,7 @@ def test_what_sessions_learned_is_read_and_layers_that_none_used_are_assumed(
 def test_without_a_speed_of_the_disk_none_is_invented(tiny: Path) -> None:
     network = open_network(tiny)
     sizes = Sizes.of(network.tensors, network.program(1))
-    found = outlook(network, memory=sizes.least + outlook(network).beside.nbytes)
+    found = outlook(network, memory=sizes.least + outlook(network).beside.resident)
     assert found.speed is None
     assert rows(found)["disk"] == "not known: --disk-speed 1.2GB/s says"
     assert "generating" not in rows(found)

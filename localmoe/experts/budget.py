@@ -11,6 +11,7 @@ from localmoe.memory import readable_size
 
 # Measured with bench/memory.py (CPython 3.11, x86-64): a chat at a terminal whose kernels need no compiling.
 PYTHON_NBYTES = 49_000_000  # the interpreter, numpy, llvmlite with the kernels, rich, prompt_toolkit, jinja2
+LIBRARIES_NBYTES = 90_000_000  # pages of the files of Python, numpy and llvmlite, which others may share
 # Of the header's lists and the tokenizer made from them: 246 to 309 in 15 vocabularies of bytes, 444 to 674 in 3 others
 NBYTES_PER_TOKEN_OR_MERGE, NBYTES_PER_SCORED_TOKEN = 275, 640
 
@@ -29,6 +30,11 @@ class Needed:
     @property
     def nbytes(self) -> int:
         return self.cache + self.states + self.working + self.vocabulary + self.python
+
+    @property
+    def resident(self) -> int:
+        """With the pages of libraries' files: what a budget for the whole process has to hold."""
+        return self.nbytes + LIBRARIES_NBYTES
 
     @property
     def parts(self) -> str:

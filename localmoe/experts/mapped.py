@@ -14,10 +14,11 @@ import numpy as np
 from localmoe.experts.history import History
 from localmoe.experts.telemetry import Counts
 from localmoe.experts.trace import TraceWriter
+from localmoe.formats import Weight
 from localmoe.kernels.program import Op
 from localmoe.kernels.residency import Addresses, Ids
 
-WILL_NEED = 3  # MADV_WILLNEED on Linux and macOS: read, without waiting for it
+NORMAL, RANDOM, WILL_NEED = 0, 1, 3  # of madvise on Linux and macOS: as ever; nothing ahead; read, without waiting
 AT_ONCE = 16  # experts of a prompt's chunk that are asked for while as many are multiplied
 Advise = Callable[[int, int], None]  # address, bytes
 
@@ -86,12 +87,23 @@ class MappedLayer:
 
 def will_need() -> Advise | None:
     """A call that has the system read a piece of mapped memory; None where it has none."""
+    return _advising(WILL_NEED)
+
+
+def read_by_rows(weights: Sequence[Weight], *, by_rows: bool) -> None:
+    """Whether nothing is to be read ahead in these weights, of which a token wants a row."""
+    if advise := _advising(RANDOM if by_rows else NORMAL):
+        for slab in [slab for weight in weights for slab in weight.slabs]:
+            advise(slab.ctypes.data, slab.size)
+
+
+def _advising(advice: int) -> Advise | None:
     if sys.platform not in ("linux", "darwin"):
         return None
     madvise = ctypes.CDLL(None).madvise
 
     def advise(address: int, nbytes: int) -> None:
         first = address & -mmap.PAGESIZE
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + nbytes - first), WILL_NEED)
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + nbytes - first), advice)
 
     return advise

@@ -12,7 +12,7 @@ from localmoe.errors import SettingError
 from localmoe.experts.choice import choose
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.mapped import MappedExperts
+from localmoe.experts.mapped import MappedExperts, read_by_rows
 from localmoe.experts.pieces import pieces
 from localmoe.experts.policies import policy_of
 from localmoe.experts.pressure import Pressure
@@ -21,6 +21,7 @@ from localmoe.experts.sizes import Sizes
 from localmoe.experts.slots import SlotExperts, least_room
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.experts.trace import Header, TraceWriter
+from localmoe.formats import Weight
 from localmoe.kernels.program import Op, Program
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
@@ -102,6 +103,7 @@ def settle(
         mode, why = choice.mode, choice.why
     fits = sizes.weights + beside <= budget
     how = (mode, why, fits, sizes, budget, beside)
+    read_by_rows(looked_up(program), by_rows=mode == "slots")
     if mode == "slots":
         if not ops:
             raise SettingError(f"{source.path}: the model has no experts to keep in slots; --lazy mmap and off will do")
@@ -126,7 +128,7 @@ def room_for_experts(
     loading: Loading, source: Source, ops: Sequence[Op], sizes: Sizes, budget: int, beside: int
 ) -> int:
     """Bytes for slots within the budget. Raises SettingError where they are too few."""
-    fixed, least = sizes.dense + beside, least_room(ops)
+    fixed, least = sizes.stays + beside, least_room(ops)
     room = min(budget - fixed, loading.expert_cache or budget)
     if room >= least:
         return room
@@ -136,9 +138,9 @@ def room_for_experts(
             f"{readable_size(ROUNDING * least)} are needed"
         )
     raise SettingError(
-        f"{source.path}: {readable_size(budget)} of memory are too few: {readable_size(sizes.dense)} of weights that "
-        f"always stay, {readable_size(beside)} beside them and {readable_size(least)} for experts need at least "
-        f"{readable_size(ROUNDING * (fixed + least))}"
+        f"{source.path}: {readable_size(budget)} of memory are too few: {readable_size(sizes.stays)} of weights that "
+        f"always stay, {readable_size(beside)} beside them and {readable_size(least)} for experts "
+        f"need at least {readable_size(ROUNDING * (fixed + least))}"
     )
 
 
@@ -150,6 +152,13 @@ def _trace(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter |
     name = str(source.metadata.get("general.name") or source.path.stem)
     header = Header(name, len(ops), first.weights[0].shape[0], first.inputs[1].shape[1], nbytes)
     return TraceWriter(loading.trace, header)
+
+
+def looked_up(program: Program) -> list[Weight]:
+    """Embeddings that are nothing else: a token reads a row."""
+    multiplied = {id(weight) for op in program.ops if op.name != "embed" for weight in op.weights}
+    embeddings = [weight for op in program.ops if op.name == "embed" for weight in op.weights]
+    return [weight for weight in embeddings if id(weight) not in multiplied]
 
 
 def expert_ops(program: Program) -> list[Op]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from localmoe.formats import Weight
 from localmoe.kernels.program import Program
 
+ROWS_NBYTES = 64 << 20  # of the rows of an embedding that a conversation looks up: nothing is read ahead there
+
 
 @dataclass(frozen=True, slots=True)
 class Routed:
@@ -46,6 +48,11 @@ class Sizes:
         return sum(layer.count * layer.nbytes for layer in self.layers)
 
     @property
+    def stays(self) -> int:
+        """What is kept in memory in any case when experts are in slots."""
+        return self.dense + min(self.looked_up, ROWS_NBYTES)
+
+    @property
     def weights(self) -> int:
         return self.dense + self.looked_up + self.experts
 
@@ -65,9 +72,9 @@ class Sizes:
     @property
     def least(self) -> int:
         """The least to keep that works at all."""
-        return self.dense + self.least_experts
+        return self.stays + self.least_experts
 
     @property
     def useful(self) -> int:
         """The least to keep that makes sense: below one token's working set nothing is found in memory again."""
-        return self.dense + self.token_experts
+        return self.stays + self.token_experts

@@ -49,4 +49,4 @@ class Room:
     held_nbytes: int  # of experts that are in them
     budget_nbytes: int  # of the whole process
     dense_nbytes: int  # of weights that always stay
-    beside_nbytes: int  # KV cache, working memory, vocabulary, Python
+    beside_nbytes: int  # KV cache, working memory, vocabulary, Python, libraries
