@@ -149,7 +149,8 @@ class Model:
         self.loading, self._residence = loading, found
         self._plans = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
-        self._prefault = Prefault(self.network.weights_by_use(experts=found.mode != "slots") if ahead else ())
+        weights = self.network.weights_by_use(experts=found.mode != "slots") if ahead else ()
+        self._prefault = Prefault(weights, exactly=found.mode == "slots", then=found.weights_are_read)
         if before:
             before.close()
         found.preload()

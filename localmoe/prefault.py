@@ -9,10 +9,11 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from localmoe.formats import Weight
 
+MADV_WILLNEED = 3  # pages are read in, these and no others: a fault reads megabytes around it
 MADV_POPULATE_READ = 22  # Linux 5.14: pages are read in and mapped, as if each had been read from
 PIECE = 8 << 20  # bytes between two looks at whether it is time to stop
 
@@ -21,7 +22,11 @@ class Prefault:
     """Brings in the pages of `weights`, first to last, until it is done or stopped; nothing happens where the system
     has no call for it."""
 
-    def __init__(self, weights: Iterable[Weight]) -> None:
+    def __init__(
+        self, weights: Iterable[Weight], *, exactly: bool = False, then: Callable[[], None] | None = None
+    ) -> None:
+        """`exactly`: as few pages beside them as can be. `then` is called behind the last, by the same thread."""
+        self._exactly, self._then = exactly, then
         self._weights = list(weights)  # also keeps the mapping alive
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefault", daemon=True)
@@ -45,6 +50,10 @@ class Prefault:
                 first, end = slab.ctypes.data & -mmap.PAGESIZE, slab.ctypes.data + slab.size
                 for start in range(first, end, PIECE):
                     size = min(PIECE, end - start)
-                    place = (ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_POPULATE_READ)
-                    if self._stopped.is_set() or libc.madvise(*place) != 0:
+                    place = (ctypes.c_void_p(start), ctypes.c_size_t(size))
+                    if self._exactly:
+                        libc.madvise(*place, MADV_WILLNEED)
+                    if self._stopped.is_set() or libc.madvise(*place, MADV_POPULATE_READ) != 0:
                         return
+        if self._then:
+            self._then()

@@ -65,7 +65,7 @@ def test_weights_that_fit_the_memory_are_read_ahead_in_auto_mode(
     read: list[Weight] = []
 
     class Recorded(Prefault):
-        def __init__(self, weights: Any) -> None:
+        def __init__(self, weights: Any, **how: Any) -> None:
             read.extend(weights)
             super().__init__(())
 

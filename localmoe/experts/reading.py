@@ -69,6 +69,10 @@ class FileReader:
             if not self.direct:
                 _forget(self._descriptor, offset, done)
 
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Gives back what of these bytes is in the page cache and mapped by nobody."""
+        _forget(self._descriptor, offset, nbytes)
+
     def _error(self, done: int, wanted: int, offset: int, reason: str) -> ReadError:
         return ReadError(f"{self.file.path}: at byte {offset + done}: {wanted - done} bytes cannot be read: {reason}")
 

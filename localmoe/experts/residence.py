@@ -49,6 +49,11 @@ class Residence:
         if isinstance(self.experts, SlotExperts):
             self.experts.preload()
 
+    def weights_are_read(self) -> None:
+        """All weights that are read ahead are in memory."""
+        if isinstance(self.experts, SlotExperts):
+            self.experts.leave_page_cache()
+
     def step(self, seconds: float) -> None:
         """Behind each step: it took so long."""
         if self.experts:

@@ -97,6 +97,14 @@ class SlotExperts:
             if layer.pool.free() is not None:
                 layer.read_ahead(key - layer.first)
 
+    def leave_page_cache(self) -> None:
+        """Give back what the page cache has of experts: the system reads far beyond what was asked for."""
+        for layer in self.layers:
+            for weight in layer.op.matrices:
+                for matrix in range(len(weight.slabs)):
+                    reader, offset, nbytes = self.find(weight, matrix)
+                    reader.forget(offset, nbytes)
+
     def begin(self) -> None:
         """A step begins."""
         self.history.tick()
