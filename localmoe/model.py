@@ -150,7 +150,7 @@ class Model:
         self._plans = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
         weights = self.network.weights_by_use(experts=found.mode != "slots") if ahead else ()
-        self._prefault = Prefault(weights, exactly=found.mode == "slots", then=found.weights_are_read)
+        self._prefault = Prefault(weights, tidy=found.tidy)
         if before:
             before.close()
         found.preload()

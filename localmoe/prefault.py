@@ -22,11 +22,10 @@ class Prefault:
     """Brings in the pages of `weights`, first to last, until it is done or stopped; nothing happens where the system
     has no call for it."""
 
-    def __init__(
-        self, weights: Iterable[Weight], *, exactly: bool = False, then: Callable[[], None] | None = None
-    ) -> None:
-        """`exactly`: as few pages beside them as can be. `then` is called behind the last, by the same thread."""
-        self._exactly, self._then = exactly, then
+    def __init__(self, weights: Iterable[Weight], *, tidy: Callable[[], None] | None = None) -> None:
+        """With `tidy`, as few pages beside them are read as can be, and it is called by the same thread to give back
+        what was read all the same."""
+        self._tidy = tidy
         self._weights = list(weights)  # also keeps the mapping alive
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefault", daemon=True)
@@ -44,6 +43,15 @@ class Prefault:
             self._thread.join()
 
     def _run(self) -> None:
+        if self._tidy is None:
+            self._advise(MADV_POPULATE_READ)
+        elif self._advise(MADV_WILLNEED):  # before a kernel touches them and the system reads around that place
+            self._tidy()
+            self._advise(MADV_POPULATE_READ)
+            self._tidy()
+
+    def _advise(self, advice: int) -> bool:
+        """Whether it came to the end."""
         libc = ctypes.CDLL(None)
         for weight in self._weights:
             for slab in weight.slabs:
@@ -51,9 +59,6 @@ class Prefault:
                 for start in range(first, end, PIECE):
                     size = min(PIECE, end - start)
                     place = (ctypes.c_void_p(start), ctypes.c_size_t(size))
-                    if self._exactly:
-                        libc.madvise(*place, MADV_WILLNEED)
-                    if self._stopped.is_set() or libc.madvise(*place, MADV_POPULATE_READ) != 0:
-                        return
-        if self._then:
-            self._then()
+                    if self._stopped.is_set() or libc.madvise(*place, advice) != 0:
+                        return False
+        return True

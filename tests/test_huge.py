@@ -14,6 +14,7 @@ import localmoe.outlook
 from localmoe.cli import main
 from localmoe.doctor import examine
 from localmoe.experts.pieces import Piece, cached_share
+from localmoe.experts.sizes import ROWS_NBYTES
 from localmoe.inspection import open_network, parameters, report
 from localmoe.kernels.cpu.limits import Rates
 from localmoe.memory import resident
@@ -67,7 +68,7 @@ def test_the_smallest_budget_and_what_one_token_uses_are_known(huge: Path) -> No
     found = outlook(network, memory=32 * GIB, disk=1.5e9)
     told = numbers(found)
     token = network.program(1).weight_nbytes(1)
-    assert told["useful_nbytes"] == pytest.approx(token + found.beside.resident, rel=1e-6)  # but for an embedding's row
+    assert told["useful_nbytes"] == pytest.approx(token + found.beside.resident + ROWS_NBYTES, rel=1e-6)
     down = HIDDEN * WIDTH * 144 // 256, HIDDEN * WIDTH * 210 // 256  # Q4_K and Q6_K
     slots = USED * (5 * down[0] + down[1])  # two sizes of expert, of which a layer has one
     assert found.smallest == found.sizes.stays + slots + found.beside.resident

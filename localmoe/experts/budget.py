@@ -11,7 +11,7 @@ from localmoe.memory import readable_size
 
 # Measured with bench/memory.py (CPython 3.11, x86-64): a chat at a terminal whose kernels need no compiling.
 PYTHON_NBYTES = 49_000_000  # the interpreter, numpy, llvmlite with the kernels, rich, prompt_toolkit, jinja2
-LIBRARIES_NBYTES = 90_000_000  # pages of the files of Python, numpy and llvmlite, which others may share
+LIBRARIES_NBYTES = 110_000_000  # pages of files: Python, numpy, llvmlite, the header; what is read around weights
 # Of the header's lists and the tokenizer made from them: 246 to 309 in 15 vocabularies of bytes, 444 to 674 in 3 others
 NBYTES_PER_TOKEN_OR_MERGE, NBYTES_PER_SCORED_TOKEN = 275, 640
 

@@ -49,10 +49,10 @@ class Residence:
         if isinstance(self.experts, SlotExperts):
             self.experts.preload()
 
-    def weights_are_read(self) -> None:
-        """All weights that are read ahead are in memory."""
-        if isinstance(self.experts, SlotExperts):
-            self.experts.leave_page_cache()
+    @property
+    def tidy(self) -> Callable[[], None] | None:
+        """What keeps the page cache free of experts, where they have slots."""
+        return self.experts.leave_page_cache if isinstance(self.experts, SlotExperts) else None
 
     def step(self, seconds: float) -> None:
         """Behind each step: it took so long."""
