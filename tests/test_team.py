@@ -22,7 +22,7 @@ from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import Kernels, kernel
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.team import SPINS, Patience, Team
+from localmoe.kernels.cpu.team import IDLE_SPINS, SPINS, Patience, Team
 
 
 @kernel("test_turns", 3)
@@ -65,7 +65,7 @@ class Tape:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """Compiled here: the cache's fingerprint does not know this file."""
     made = Kernels(host_isa(), tmp_path_factory.mktemp("kernels"))
-    made.prepare(("run_tape", "test_turns"))
+    made.prepare(("run_tape", "serve_tapes", "test_turns"))
     return made
 
 
@@ -76,26 +76,33 @@ def _a_hang_ends_the_run() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.fixture(params=["futex", "gates"])
+def waking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second way is that of systems without the call."""
+    if request.param == "gates":
+        monkeypatch.setattr("localmoe.kernels.cpu.team._futex_call", lambda: (0, 0))
+
+
 def team_of(kernels: Kernels, threads: int) -> Team:
-    return Team(threads, kernels.address("run_tape"))
+    return Team(threads, kernels.address("run_tape"), kernels.address("serve_tapes"))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_no_thread_begins_an_entry_before_all_have_ended_the_last(kernels: Kernels, threads: int) -> None:
+def test_no_thread_begins_an_entry_before_all_have_ended_the_last(kernels: Kernels, threads: int, waking: None) -> None:
     team, tape = team_of(kernels, threads), Tape(kernels, 3000)
     assert tape.run(team) == 3000 * threads
     team.close()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_threads_wait_where_a_barrier_is_and_at_the_end(kernels: Kernels, threads: int) -> None:
+def test_threads_wait_where_a_barrier_is_and_at_the_end(kernels: Kernels, threads: int, waking: None) -> None:
     team, tape = team_of(kernels, threads), Tape(kernels, 1000, many=3)  # the last entry has no barrier of its own
     assert [tape.run(team) for _ in range(20)] == [1000 * threads] * 20
     team.close()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_run_follows_run_without_a_pause(kernels: Kernels, threads: int) -> None:
+def test_run_follows_run_without_a_pause(kernels: Kernels, threads: int, waking: None) -> None:
     team, tapes = team_of(kernels, threads), [Tape(kernels, n) for n in (1, 2, 7)]
     for i in range(1500):
         tape = tapes[i % 3]
@@ -103,7 +110,7 @@ def test_run_follows_run_without_a_pause(kernels: Kernels, threads: int) -> None
     team.close()
 
 
-def test_more_threads_than_cores_do_not_hang(kernels: Kernels) -> None:
+def test_more_threads_than_cores_do_not_hang(kernels: Kernels, waking: None) -> None:
     threads = 4 * default_threads() + 1
     team, tape = team_of(kernels, threads), Tape(kernels, 200)
     assert [tape.run(team) for _ in range(3)] == [200 * threads] * 3
@@ -125,7 +132,7 @@ def test_two_teams_work_beside_each_other(kernels: Kernels) -> None:
     assert counts == [1000] * 20
 
 
-def test_close_ends_every_thread(kernels: Kernels) -> None:
+def test_close_ends_every_thread(kernels: Kernels, waking: None) -> None:
     before = threading.active_count()
     used, unused = team_of(kernels, 4), team_of(kernels, 3)
     assert threading.active_count() == before + 5
@@ -135,7 +142,10 @@ def test_close_ends_every_thread(kernels: Kernels) -> None:
     assert threading.active_count() == before
 
 
-def test_an_interrupt_between_two_threads_of_a_run_waits_for_its_end(kernels: Kernels) -> None:
+def test_an_interrupt_between_two_threads_of_a_run_waits_for_its_end(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localmoe.kernels.cpu.team._futex_call", lambda: (0, 0))
     team, tape = team_of(kernels, 3), Tape(kernels, 20)
     tape.run(team)
     gate = team._gates[0]
@@ -156,7 +166,7 @@ def run_until_alarm(tape: Tape, team: Team, seconds: float) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs timer signals")
-def test_an_interrupt_at_any_time_leaves_the_team_in_step(kernels: Kernels) -> None:
+def test_an_interrupt_at_any_time_leaves_the_team_in_step(kernels: Kernels, waking: None) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -189,11 +199,11 @@ def test_a_model_that_is_dropped_without_close_takes_its_threads_along() -> None
 def test_a_team_that_sleeps_at_most_barriers_stops_spinning_and_tries_again_ever_more_rarely() -> None:
     patience, tried = Patience(), []
     for step in range(200):
-        if patience.spins == SPINS:
+        if patience.spins == (SPINS, IDLE_SPINS):
             tried.append(step)
         patience.learn(barriers=100, sleeps=90)
     assert tried == [0, 17, 50, 115]
-    while patience.spins != SPINS:
+    while patience.spins != (SPINS, IDLE_SPINS):
         patience.learn(barriers=100, sleeps=100)
     patience.learn(barriers=100, sleeps=3)
-    assert patience.spins == SPINS
+    assert patience.spins == (SPINS, IDLE_SPINS)

@@ -69,7 +69,7 @@ class CpuDevice:
         for lowering in lowerings:
             lowering.run()
         names = [name for lowering in lowerings for name in lowering.kernel_names()]
-        self.kernels.prepare(("run_tape", *names), self._report)
+        self.kernels.prepare(("run_tape", "serve_tapes", *names), self._report)
         return [CpuPlan(self, program, lowering) for program, lowering in zip(programs, lowerings, strict=True)]
 
     @classmethod
@@ -102,7 +102,7 @@ class CpuDevice:
     def threads_run(self, tape: npt.NDArray[np.int64]) -> None:
         """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
         if self.team is None:
-            self.team = Team(self.threads, self.kernels.address("run_tape"))
+            self.team = Team(self.threads, *map(self.kernels.address, ("run_tape", "serve_tapes")))
             self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
         self.team.run(tape.ctypes.data, len(tape))
 

@@ -135,7 +135,7 @@ class Limits:
     def __init__(self, device: CpuDevice, data: Bytes | None = None) -> None:
         """`data` is memory to read, for instance that of another Limits; without it READ_NBYTES are allocated."""
         self._device = device
-        device.kernels.prepare(("run_tape", "limit_read", "limit_read_second", "limit_fma", "limit_dot"))
+        device.kernels.prepare(("run_tape", "serve_tapes", "limit_read", "limit_read_second", "limit_fma", "limit_dot"))
         self.data = np.ones(READ_NBYTES, np.uint8) if data is None else data
         self._results = np.zeros(64 * (device.threads + 1), np.uint8)
 

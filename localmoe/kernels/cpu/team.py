@@ -3,6 +3,9 @@
 A tape entry is (kernel address, argument block address, whether a barrier follows). The barrier spins, then sleeps on a
 futex (Linux): 0.3 µs an op while every thread has a core. Where a core is shared with another program, spinning only
 keeps the system from putting the waiting thread to use, and a step gets ten times slower: see `Patience`.
+
+Between tapes the other threads wait in the same way, inside machine code: waking them takes neither Python's lock nor,
+if the next tape comes soon, the system.
 """
 
 from __future__ import annotations
@@ -23,14 +26,62 @@ from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
 
 SPINS, FEW_SPINS = 2000, 8  # pauses before a thread sleeps: 2000 are some 30 µs
-_LINE = 64  # bytes: arrivals, generation, sleepers, the count of sleeps and the system call have a cache line each
+IDLE_SPINS = 10_000  # the same between two tapes
+FOREVER = 1 << 62
+_LINE = 64  # bytes: each of these words has a cache line of its own
+ARRIVALS, GENERATION, SLEEPERS, SLEPT, SYSTEM, JOBS, IDLE, JOB = (_LINE * i for i in range(8))
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # numbers of the system call on Linux
 
 
 @kernel("run_tape", 6)
 def run_tape(v: Any) -> Any:
-    """(tape, entries, sync, spins, thread, threads): run every entry; the last barrier ends the step for all. Elsewhere
-    threads wait for each other where an entry's third number is not 0."""
+    """(tape, entries, sync, spins, idle spins, threads): hand a tape to all threads, and run it as the first of
+    them."""
+    walk, (_, wake) = walking(v), futex(v)
+
+    def lead(tape, entries, sync, spins, idle, threads):  # type: ignore[no-untyped-def]
+        if threads > 1:
+            v.store(sync + JOB, tape)
+            v.store(sync + JOB + 8, entries)
+            v.store(sync + JOB + 16, spins)
+            v.store(sync + JOB + 24, idle)
+            v.atomic_add(sync + JOBS, 1)
+            if v.atomic_add(sync + IDLE, 0) > 0:
+                wake(sync, sync + JOBS)
+        walk(tape, entries, sync, spins, 0, threads)
+
+    return lead
+
+
+@kernel("serve_tapes", 5)
+def serve_tapes(v: Any) -> Any:
+    """(sync, the number of tapes before the first, thread, threads, most): run each tape that is handed out, until one
+    has no entries or `most` have been run."""
+    slot = slots(v)
+    walk, (sleep, _) = walking(v), futex(v)
+
+    def serve(sync, seen, thread, threads, most):  # type: ignore[no-untyped-def]
+        for _ in range(most):
+            turns = 0
+            while v.atomic_load(sync + JOBS) == seen:
+                v.pause()
+                turns += 1
+                if turns > slot(sync + JOB, 3):
+                    v.atomic_add(sync + IDLE, 1)
+                    if v.atomic_load(sync + JOBS) == seen:
+                        sleep(sync, sync + JOBS, seen)
+                    v.atomic_add(sync + IDLE, -1)
+            seen += 1
+            if slot(sync + JOB, 1) == 0:
+                return
+            walk(slot(sync + JOB, 0), slot(sync + JOB, 1), sync, slot(sync + JOB, 2), thread, threads)
+
+    return serve
+
+
+def walking(v: Any) -> Any:
+    """`walk(tape, entries, sync, spins, thread, threads)` in a kernel: run every entry; the last barrier ends the tape
+    for all. Elsewhere threads wait for each other where an entry's third number is not 0."""
     slot = slots(v)
     sleep, wake = futex(v)
     mode, set_mode = denormal_mode(v)
@@ -41,43 +92,43 @@ def run_tape(v: Any) -> Any:
         for i in range(entries):
             v.call(slot(tape, 3 * i), slot(tape, 3 * i + 1), thread, threads)
             if threads > 1 and (slot(tape, 3 * i + 2) != 0 or i == entries - 1):
-                generation = v.atomic_load(sync + 64)
-                if v.atomic_add(sync, 1) == threads - 1:
-                    v.atomic_store(sync, 0)
-                    v.atomic_add(sync + 64, 1)
-                    if v.atomic_add(sync + 128, 0) > 0:
-                        wake(sync)
+                generation = v.atomic_load(sync + GENERATION)
+                if v.atomic_add(sync + ARRIVALS, 1) == threads - 1:
+                    v.atomic_store(sync + ARRIVALS, 0)
+                    v.atomic_add(sync + GENERATION, 1)
+                    if v.atomic_add(sync + SLEEPERS, 0) > 0:
+                        wake(sync, sync + GENERATION)
                 else:
                     turns = 0
-                    while v.atomic_load(sync + 64) == generation:
+                    while v.atomic_load(sync + GENERATION) == generation:
                         v.pause()
                         turns += 1
                         if turns > spins:
-                            v.atomic_add(sync + 128, 1)
-                            v.atomic_add(sync + 192, 1)
-                            if v.atomic_load(sync + 64) == generation:
-                                sleep(sync, generation)
-                            v.atomic_add(sync + 128, -1)
+                            v.atomic_add(sync + SLEEPERS, 1)
+                            v.atomic_add(sync + SLEPT, 1)
+                            if v.atomic_load(sync + GENERATION) == generation:
+                                sleep(sync, sync + GENERATION, generation)
+                            v.atomic_add(sync + SLEEPERS, -1)
         set_mode(before)
 
-    return walk
+    return v.function(walk)
 
 
 def futex(v: Any) -> tuple[Any, Any]:
-    """`sleep(sync, generation)` and `wake(sync)` in a kernel, on the generation: the futex system call (Linux) by the C
-    library's function at sync + 256, so that an object needs no symbol of it; a pause where there is none."""
+    """`sleep(sync, word, value)` and `wake(sync, word)` in a kernel: the futex system call (Linux) by the C library's
+    function at sync + SYSTEM, so that an object needs no symbol of it; a pause where there is none."""
     slot = slots(v)
     wait, wake, everyone = 128, 129, 1 << 30  # FUTEX_WAIT and FUTEX_WAKE, private to this process
 
-    def sleep(sync, generation):  # type: ignore[no-untyped-def]
-        if slot(sync, 32) != 0:
-            v.call(slot(sync, 32), slot(sync, 33), sync + 64, wait, generation & 0xFFFFFFFF, 0, 0, 0)
+    def sleep(sync, word, value):  # type: ignore[no-untyped-def]
+        if slot(sync + SYSTEM, 0) != 0:
+            v.call(slot(sync + SYSTEM, 0), slot(sync + SYSTEM, 1), word, wait, value & 0xFFFFFFFF, 0, 0, 0)
         else:
             v.pause()
 
-    def rouse(sync):  # type: ignore[no-untyped-def]
-        if slot(sync, 32) != 0:
-            v.call(slot(sync, 32), slot(sync, 33), sync + 64, wake, everyone, 0, 0, 0)
+    def rouse(sync, word):  # type: ignore[no-untyped-def]
+        if slot(sync + SYSTEM, 0) != 0:
+            v.call(slot(sync + SYSTEM, 0), slot(sync + SYSTEM, 1), word, wake, everyone, 0, 0, 0)
 
     return v.function(sleep), v.function(rouse)
 
@@ -105,9 +156,9 @@ class Patience:
         self._penalty = self.LEAST
 
     @property
-    def spins(self) -> int:
-        """For the next step."""
-        return FEW_SPINS if self._sleepy_steps else SPINS
+    def spins(self) -> tuple[int, int]:
+        """At the next step's barriers, and behind it."""
+        return (FEW_SPINS, FEW_SPINS) if self._sleepy_steps else (SPINS, IDLE_SPINS)
 
     def learn(self, barriers: int, sleeps: int) -> None:
         """A step of so many barriers slept so many times, all threads together."""
@@ -120,51 +171,63 @@ class Patience:
 
 
 class Team:
-    """`threads` threads, the caller's among them, that wait between steps without using a core."""
+    """`threads` threads, the caller's among them, that use no core for longer than a moment when there is nothing to
+    do."""
 
-    def __init__(self, threads: int, walk_address: int) -> None:
+    def __init__(self, threads: int, lead_address: int, serve_address: int) -> None:
+        """The addresses of `run_tape` and `serve_tapes`."""
         self.threads = threads
-        self._walk = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(
-            walk_address
-        )  # a call through ctypes lets go of the GIL
-        self._memory = np.zeros(6 * _LINE, np.uint8)
+        # Calls through ctypes let go of the GIL.
+        self._lead = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(lead_address)
+        self._serve = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(serve_address)
+        self._memory = np.zeros(9 * _LINE, np.uint8)
         self._sync = self._memory.ctypes.data + (-self._memory.ctypes.data % _LINE)
-        self._barriers = ctypes.c_int64.from_address(self._sync + _LINE)
-        self._slept = ctypes.c_int64.from_address(self._sync + 3 * _LINE)
-        (ctypes.c_int64 * 2).from_address(self._sync + 4 * _LINE)[:] = [*_futex_call()]
+        self._barriers = ctypes.c_int64.from_address(self._sync + GENERATION)
+        self._slept = ctypes.c_int64.from_address(self._sync + SLEPT)
+        system = _futex_call()
+        (ctypes.c_int64 * 2).from_address(self._sync + SYSTEM)[:] = [*system]
+        # Where no system call wakes a thread, a lock of Python's does: held by its worker, the caller releases it.
+        self._gates = [] if system[0] else [threading.Lock() for _ in range(threads - 1)]
         self._patience = Patience()
-        self._job = (0, 0, self._sync, SPINS)
         self._closed = False
-        self._gates = [threading.Lock() for _ in range(threads - 1)]  # held by its worker; the caller releases it
-        self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(threads - 1)]
-        for gate, worker in zip(self._gates, self._workers, strict=True):
+        for gate in self._gates:
             gate.acquire()
+        work = self._work_by_gates if self._gates else self._work
+        self._workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(threads - 1)]
+        for worker in self._workers:
             worker.start()
 
     def run(self, tape: int, entries: int) -> None:
         """Run a tape of one or more entries with all threads; returns when every one has come to the last barrier."""
-        self._job = job = (tape, entries, self._sync, self._patience.spins)
         before, slept = self._barriers.value, self._slept.value
-        walk = partial(self._walk, *job, 0, self.threads)
-        # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
-        # without the others.
-        steps: list[Callable[[], None]] = [*(gate.release for gate in self._gates), walk]
-        deque(map(operator.call, steps), maxlen=0)
+        self._hand_out(tape, entries)
         self._patience.learn(self._barriers.value - before, self._slept.value - slept)
 
     def close(self) -> None:
         self._closed = True
-        for gate in self._gates:
-            gate.release()
+        self._hand_out(0, 0)
         for worker in self._workers:
             worker.join()
 
+    def _hand_out(self, tape: int, entries: int) -> None:
+        lead = partial(self._lead, tape, entries, self._sync, *self._patience.spins, self.threads)
+        # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
+        # without the others.
+        if self._gates:
+            steps: list[Callable[[], None]] = [*(gate.release for gate in self._gates), lead]
+            deque(map(operator.call, steps), maxlen=0)
+        else:
+            lead()
+
     def _work(self, index: int) -> None:
-        while True:
+        self._serve(self._sync, 0, index + 1, self.threads, FOREVER)
+
+    def _work_by_gates(self, index: int) -> None:
+        tapes = 0
+        while not self._closed:
             self._gates[index].acquire()
-            if self._closed:
-                return
-            self._walk(*self._job, index + 1, self.threads)
+            self._serve(self._sync, tapes, index + 1, self.threads, 1)
+            tapes += 1
 
 
 def _futex_call() -> tuple[int, int]:
