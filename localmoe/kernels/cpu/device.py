@@ -185,7 +185,8 @@ class CpuPlan:
         done = 0
         for pause in self._kept.pauses:
             self._walk(done, pause.chosen)
-            done = pause.chosen if self._all_there(pause, tokens.size) else self._waves(pause, tokens.size)
+            whole = self._all_there(pause, tokens.size)
+            done = pause.chosen if whole else self._waves(pause, pause.chosen, tokens.size)
         self._walk(done, len(self._tape))
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
@@ -198,7 +199,9 @@ class CpuPlan:
             entries = np.flatnonzero(owners == i)
             pause = pauses.get(id(op.inputs[1])) if op.name == "experts" else None
             if pause and not self._all_there(pause, tokens.size):
-                self._waves(pause, tokens.size)
+                self._waves(
+                    pause, int(entries[0]), tokens.size
+                )  # what stands before has run, some of it over its input
                 entries = entries[entries >= pause.last]
             for entry in entries:
                 self.run_entry(int(entry))
@@ -218,9 +221,9 @@ class CpuPlan:
         pause.list_all()
         return whole
 
-    def _waves(self, pause: Pause, tokens: int) -> int:
-        """Runs the entries from the router to the last wave, of which none is run before its experts are in memory."""
-        self._walk(pause.chosen, pause.first)
+    def _waves(self, pause: Pause, start: int, tokens: int) -> int:
+        """Runs the entries from `start` to the last wave, of which none is run before its experts are in memory."""
+        self._walk(start, pause.first)
         for ready in pause.layer.waves():
             pause.list_ready(ready, self._view(pause.ids, tokens))
             if pause.counters:

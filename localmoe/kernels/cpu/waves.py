@@ -75,6 +75,8 @@ class Wave:
             return
         ids, ahead = self._op.inputs[1], guess(self._op)
         place = (self._lowering.entries_until(ahead or ids), self._first, self._lowering.entry_count)
+        before = self._lowering.pauses[-1].last if self._lowering.pauses else 0
+        assert before <= place[0], "experts that were chosen are multiplied before the next layer chooses"
         self._lowering.pauses.append(
             Pause(self._layer, ids, ahead, *place, self._list, self._counters, tuple(self._records))
         )
