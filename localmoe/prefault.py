@@ -52,11 +52,12 @@ class Prefault:
 
 
 def let_go(weights: Iterable[Weight]) -> None:
-    """The pages of these weights are no part of the process any more, until they are touched again."""
+    """The pages of these weights are no part of the process any more, until they are touched again. Nothing but views of
+    files is let go."""
     if sys.platform != "linux":
         return
     madvise = ctypes.CDLL(None).madvise
-    for slab in (slab for weight in weights for slab in weight.slabs):
+    for slab in (slab for weight in weights if isinstance(weight.slabs, tuple) for slab in weight.slabs):
         first, end = -(-slab.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE, slab.ctypes.data + slab.size
         nbytes = end // mmap.PAGESIZE * mmap.PAGESIZE - first
         if nbytes > 0:
