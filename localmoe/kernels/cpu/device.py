@@ -251,8 +251,8 @@ class CpuPlan:
         """A tensor of the step that runs, where it stands in the arena."""
         shape = (min(tensor.shape[0], tokens), *tensor.shape[1:])
         kind = np.dtype(np.float32 if tensor.dtype == "f32" else np.int32)
-        flat = self._arena[self._kept.offset(tensor) :].view(kind)[tensor.offset :]
-        return np.lib.stride_tricks.as_strided(flat, shape, tuple(4 * s for s in tensor.strides))
+        start = self._kept.offset(tensor) + 4 * tensor.offset
+        return np.ndarray(shape, kind, self._arena, start, tuple(4 * s for s in tensor.strides))
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         return self._arena[offset : offset + count * kind.itemsize].view(kind)
