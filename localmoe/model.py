@@ -29,7 +29,8 @@ from localmoe.loader.soundness import Soundness
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size, resident
 from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
-from localmoe.prefault import Prefault, let_go
+from localmoe.pages import let_go
+from localmoe.prefault import Prefault
 from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
 
@@ -150,12 +151,12 @@ class Model:
             self._prefault.stop()
             compiled = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
             self.loading, self._residence, self._plans = loading, found, compiled
+        if before and found.mode == "slots":
+            let_go(weight for op in expert_ops(self.network.program(1)) for weight in op.matrices)
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
         self._prefault = Prefault(self.network.weights_by_use(experts=found.mode != "slots") if ahead else ())
         if before:
             before.close()
-            if found.mode == "slots":
-                let_go(weight for op in expert_ops(self.network.program(1)) for weight in op.matrices)
         found.preload()
 
     def _settled(self, loading: Loading, trace: TraceWriter | None) -> Residence:

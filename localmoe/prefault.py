@@ -1,4 +1,4 @@
-"""The pages of mapped weights: brought in by a thread while nobody waits for them, and let go; knows no model.
+"""The pages of mapped weights brought in by a thread of its own while nobody waits for them; knows no model.
 
 Each page that a kernel is the first to touch costs it a fault, also where the page cache has the page.
 """
@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 from localmoe.formats import Weight
 
-MADV_DONTNEED = 4  # of Linux: the process has the pages no longer, the page cache may keep them
 MADV_POPULATE_READ = 22  # Linux 5.14: pages are read in and mapped, as if each had been read from
 PIECE = 8 << 20  # bytes between two looks at whether it is time to stop
 
@@ -49,16 +48,3 @@ class Prefault:
                     place = (ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_POPULATE_READ)
                     if self._stopped.is_set() or libc.madvise(*place) != 0:
                         return
-
-
-def let_go(weights: Iterable[Weight]) -> None:
-    """The pages of these weights are no part of the process any more, until they are touched again. Nothing but views of
-    files is let go."""
-    if sys.platform != "linux":
-        return
-    madvise = ctypes.CDLL(None).madvise
-    for slab in (slab for weight in weights if isinstance(weight.slabs, tuple) for slab in weight.slabs):
-        first, end = -(-slab.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE, slab.ctypes.data + slab.size
-        nbytes = end // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if nbytes > 0:
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), MADV_DONTNEED)

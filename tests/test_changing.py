@@ -19,7 +19,7 @@ from localmoe.formats import FORMATS, Weight
 from localmoe.loader.files import MappedFile
 from localmoe.memory import Resident, resident
 from localmoe.model import Model
-from localmoe.prefault import let_go
+from localmoe.pages import let_go
 
 
 @pytest.fixture(scope="module")
