@@ -29,7 +29,7 @@ LOADING = """\
 Where a model is larger than memory, or is to leave some free. Sizes: 8GiB and 512MiB count by 1024, 8GB and 512M by
 1000. `bench` takes a list of modes. In the chat: `/lazy`.
 """
-GATHERED = {**dict.fromkeys(LOADING_FLAGS, "loading"), **dict.fromkeys(SETTINGS, "sampling")}
+GATHERED = {"loading": set(LOADING_FLAGS), "sampling": set(SETTINGS)}  # told once, where a command has them all
 MESSAGES = """\
 Enter sends a message. Alt+Enter, or a backslash at the end of a line, starts a new line; `\"\"\"` opens and closes a
 longer text. Up and Down walk through earlier messages, Tab completes commands. Ctrl+C stops an answer at the next token
@@ -74,8 +74,8 @@ def sections() -> Iterator[str]:
     yield HEAD
     yield f"{group.help}\n\n" + table(("flag", ""), map(flag, group.params))
     for name, command in commands(group):
-        usual = [p for p in command.params if p.name not in GATHERED]
-        kinds = dict.fromkeys(GATHERED[p.name] for p in command.params if p.name in GATHERED)
+        kinds = [kind for kind, names in GATHERED.items() if names <= {p.name for p in command.params}]
+        usual = [p for p in command.params if not any(p.name in GATHERED[kind] for kind in kinds)]
         more = " and the ".join(f"[{kind} flags](#{kind})" for kind in kinds)
         yield (
             f"## localmoe {name}\n\n{command.help}\n\n"

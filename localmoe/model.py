@@ -3,7 +3,8 @@ conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -15,9 +16,10 @@ import numpy.typing as npt
 from localmoe.errors import DeviceError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.residence import Residence, expert_ops, settle
+from localmoe.experts.residence import Residence, expert_ops, settle, trace_of
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
+from localmoe.experts.trace import TraceWriter
 from localmoe.experts.usage import Usage
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.program import Floats, Progress, Watcher
@@ -25,8 +27,9 @@ from localmoe.kernels.states import States
 from localmoe.loader.locate import open_source
 from localmoe.loader.soundness import Soundness
 from localmoe.loader.source import Source
-from localmoe.memory import available_nbytes, readable_size
+from localmoe.memory import available_nbytes, readable_size, resident
 from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.pages import let_go
 from localmoe.prefault import Prefault
 from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
@@ -80,6 +83,7 @@ class Model:
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._states = States(self.network.program(1).state_slots)
         self._residence: Residence | None = None
+        self._trace: TraceWriter | None = None
         self._learned = loading.learned
         self._prefault = Prefault(())
         self._plans: dict[tuple[int, bool], Plan] = {}
@@ -128,32 +132,55 @@ class Model:
         """What was chosen and why, in one line."""
         return self._running.why
 
-    def change_loading(self, loading: Loading) -> None:
-        """Load in another way from now on; what stands in the KV cache stays. Raises LocalMoeError: then the old way
-        goes on."""
+    def change_loading(self, loading: Loading, progress: Progress | None = None) -> None:
+        """Load in another way from now on; what stands in the KV cache stays. `progress` hears of what takes time, as
+        from opening on. Raises LocalMoeError: then the old way goes on."""
         self._soundness.begin()
-        before, program = self._residence, self.network.program(1)
-        sizes = Sizes.of(self.network.tensors, program)
-        found = settle(loading, self.source, program, sizes, self._needed_nbytes, lambda: self._history)
-        try:
-            if found.mode == "off":
-                read_all(self.source, self._progress)
-            # Compiled now, under the progress bar, and not when the first answer is awaited.
-            lengths = sorted({1, self.chunk})
-            plans = self.device.compile_all([self.network.program(n) for n in lengths], found.experts)
-            self._soundness.check()  # norms and biases have been copied
-        except BaseException:
-            found.close()
-            raise
-        self._prefault.stop()
-        self.loading, self._residence = loading, found
-        self._plans = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
+        before, lengths = self._residence, sorted({1, self.chunk})
+        with self._tracing(loading) as trace:
+            found = self._settled(loading, trace)
+            try:
+                if found.mode == "off":
+                    read_all(self.source, progress or self._progress)
+                # Compiled now, under the progress bar, and not when the first answer is awaited.
+                plans = self.device.compile_all([self.network.program(n) for n in lengths], found.experts)
+                self._soundness.check()  # norms and biases have been copied
+            except BaseException:
+                found.close()
+                raise
+            self._prefault.stop()
+            compiled = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
+            self.loading, self._residence, self._plans = loading, found, compiled
+        if before and found.mode == "slots":
+            let_go(weight for op in expert_ops(self.network.program(1)) for weight in op.matrices)
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
         weights = self.network.weights_by_use(experts=found.mode != "slots") if ahead else ()
         self._prefault = Prefault(weights, tidy=found.tidy)
         if before:
             before.close()
         found.preload()
+
+    def _settled(self, loading: Loading, trace: TraceWriter | None) -> Residence:
+        program = self.network.program(1)
+        sizes, own = Sizes.of(self.network.tensors, program), resident().anonymous if self._residence else 0
+        needed, known = self._needed_nbytes, lambda: self._history
+        return settle(loading, self.source, program, sizes, needed, known, trace, own)
+
+    @contextmanager
+    def _tracing(self, loading: Loading) -> Iterator[TraceWriter | None]:
+        """Who writes the trace that is asked for: who writes that file already, else a new one, of whom nothing is left
+        where the `with` block raises."""
+        same = self._trace is not None and self._trace.path == loading.trace
+        trace = self._trace if same else trace_of(loading, self.source, expert_ops(self.network.program(1)))
+        try:
+            yield trace
+        except BaseException:
+            if trace and not same:
+                trace.discard()
+            raise
+        if self._trace and not same:
+            self._trace.close()
+        self._trace = trace
 
     def counts(self) -> Counts:
         """What became of the experts that were chosen since the mode was taken up; zeros where nobody counts."""
@@ -201,6 +228,7 @@ class Model:
     def _learn(self) -> None:
         if self._learned and "_history" in self.__dict__:
             self._usage.learn(self._history.uses)
+            self._learned = False  # whoever closes twice learns once
 
     @property
     def name(self) -> str:
@@ -320,6 +348,8 @@ class Model:
         self._states.clear()
         self._plans.clear()
         self._running.close()
+        if self._trace:
+            self._trace.close()
         self._learn()
         self.device.close()
         self._soundness.close()

@@ -117,7 +117,7 @@ class FakeModel:
         self.chosen: np.ndarray | None = None
         self.expert_blocks: list[int] = []
 
-    def change_loading(self, loading: Loading) -> None:
+    def change_loading(self, loading: Loading, progress: object = None) -> None:
         if self.trouble:
             raise DeviceError(self.trouble)
         self.loading = loading

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from fakes import FakeModel
 
 import localmoe
-from localmoe.cli import main
+from localmoe.cli import app, main
 from localmoe.errors import FileFormatError
 from localmoe.experts.loading import Loading
 from localmoe.settings import SETTINGS
@@ -390,6 +391,20 @@ def test_the_generated_pages_are_up_to_date(name: str) -> None:
         str(script),
     ) as process:
         assert process.wait(timeout=30) == 0, process.stderr.read().decode()
+
+
+def test_the_manual_names_every_flag_of_every_command() -> None:
+    """Flags that several commands share stand in sections of their own."""
+    whole = (TESTS.parent / "docs" / "cli.md").read_text("utf-8")
+    parts = {part.partition("\n")[0]: part for part in whole.split("\n## ")}
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    chosen = {name: commands[name] for name in ("chat", "run", "bench", "plan", "doctor")}
+    for name, command in {**chosen, "experts replay": commands["experts"].commands["replay"]}.items():
+        part = parts[f"localmoe {name}"]
+        part += "".join(parts[kind] for kind in ("Loading", "Sampling") if f"(#{kind.lower()})" in part)
+        for parameter in command.params:
+            written = parameter.metavar if parameter.param_type_name == "argument" else max(parameter.opts, key=len)
+            assert written in part, (name, written)
 
 
 def test_python_dash_m_is_the_command_too() -> None:

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("cgroup",),
     ("formats", "memory", "processors", "settings", "pretokenizers"),
-    ("guard", "prefault"),
+    ("guard", "pages", "prefault"),
     ("loader", "kernels"),
     ("sampling", "sandbox", "tekken", "vocabulary"),
     ("arch", "tokenizer", "template"),

@@ -213,3 +213,11 @@ def test_the_page_cache_is_passed_by_unless_it_is_clearly_quicker_at_the_same_de
     alone = DiskSpeed(NBYTES, (Rate("direct", 1, 1e9), Rate("direct", 2, 0.9e9)))
     assert [speed.way for speed in (buffered, direct, alone)] == ["buffered", "direct", "direct"]
     assert [speed.best.depth for speed in (buffered, direct, alone)] == [2, 4, 1]
+
+
+def test_a_system_without_posix_fadvise_is_probed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS."""
+    model = experts(tmp_path / "a file")
+    monkeypatch.delattr(os, "posix_fadvise")
+    with Reader("buffered", MOST_NBYTES) as reader:
+        assert reader.read(pieces(model)[0]) > 0

@@ -368,7 +368,7 @@ def test_where_only_ascii_can_be_shown_the_map_is_ascii() -> None:
 
 def test_ctrl_c_while_the_mode_is_changed_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = slotted()
-    monkeypatch.setattr(model, "change_loading", lambda loading: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(model, "change_loading", lambda loading, progress: signal.raise_signal(signal.SIGINT))
     assert chat("/lazy off", "hello", model=model) == "(stopped: slots goes on)\nHi there.\n\n"
 
 

@@ -70,9 +70,18 @@ def test_sizes_that_are_the_same_slots_are_shown_once(trace: Path, capsys: Captu
     assert len(json.loads(out)) == 4
 
 
+def test_sizes_may_be_bytes(trace: Path, capsys: Capture) -> None:
+    """Of 3200 bytes of experts."""
+    _, by_bytes, _ = called(capsys, str(trace), "--json", "--sizes", "1.6kB, 800 B, 75 %")
+    _, by_share, _ = called(capsys, str(trace), "--json", "--sizes", "25,50,75")
+    assert json.loads(by_bytes) == json.loads(by_share) != []
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
+        (["--sizes", "8GiB"], "at most 100 per cent of all experts, 3.2 kB"),
+        (["--sizes", "25,3 apples"], "--sizes '3 apples': expected numbers"),
         (["--sizes", "many"], "--sizes 'many': expected numbers"),
         (["--sizes", "0"], "at most 100 per cent"),
         (["--sizes", "nan"], "at most 100 per cent"),

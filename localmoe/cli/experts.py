@@ -10,27 +10,42 @@ import typer
 
 from localmoe.cli.command import AsJson, app
 from localmoe.errors import SettingError
+from localmoe.memory import parse_size, readable_size
 
 experts_app = typer.Typer(help="What is known about the experts of a model.", no_args_is_help=True)
 app.add_typer(experts_app, name="experts")
 
 
-def read_sizes(text: str) -> list[float]:
-    """ "6, 12.5 %" -> [0.06, 0.125], ascending. Raises SettingError."""
-    try:
-        sizes = sorted({float(word.strip().removesuffix("%")) / 100 for word in text.split(",")})
-    except ValueError:
-        raise SettingError(f"--sizes {text[:40]!r}: expected numbers with commas between, such as 6,12.5,50") from None
+def read_sizes(text: str, experts_nbytes: int) -> list[float]:
+    """Per cent, or bytes where there is a unit, of all experts: "6, 12.5 %, 4GiB" -> [0.06, 0.125, …], ascending.
+    Raises SettingError."""
+    sizes = {_share(word.strip(), experts_nbytes) for word in text.split(",")}
     if not all(0 < size <= 1 for size in sizes):
-        raise SettingError(f"--sizes {text[:40]!r}: a size is more than 0 and at most 100 per cent of all experts")
-    return sizes
+        raise SettingError(
+            f"--sizes {text[:40]!r}: a size is more than 0 and at most 100 per cent of all experts, "
+            f"{readable_size(experts_nbytes)}"
+        )
+    return sorted(sizes)
+
+
+def _share(word: str, experts_nbytes: int) -> float:
+    try:
+        return float(word.removesuffix("%")) / 100
+    except ValueError:
+        pass
+    try:
+        return parse_size(word) / experts_nbytes
+    except SettingError:
+        raise SettingError(
+            f"--sizes {word[:40]!r}: expected numbers, per cent, or sizes such as 4GiB, with commas between"
+        ) from None
 
 
 @experts_app.command()
 def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A file that --trace wrote.", show_default=False)],
     sizes: Annotated[
-        str, typer.Option(metavar="LIST", help="How much is kept in memory, in per cent of the bytes of all experts.")
+        str, typer.Option(metavar="LIST", help="How much is kept in memory: per cent of all experts, or 4GiB.")
     ] = "3,6,12,25,50,75",
     as_json: AsJson = False,
     plot: Annotated[
@@ -51,8 +66,8 @@ def replay(
 
     if plot:
         curve.can_draw(plot)
-    screen, fractions = Screen(), read_sizes(sizes)
-    found = read_trace(trace)
+    screen, found = Screen(), read_trace(trace)
+    fractions = read_sizes(sizes, curve.experts_nbytes(found.header))
     with screen.progress("replaying") as bar:
         results = replayed(found, fractions, progress=bar)
     if plot:

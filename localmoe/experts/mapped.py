@@ -39,10 +39,6 @@ class MappedExperts:
     def layer(self, op: Op) -> MappedLayer:
         return self._layers[id(op.weights[0])]
 
-    def close(self) -> None:
-        if self.trace:
-            self.trace.close()
-
 
 class MappedLayer:
     """The experts of one op."""

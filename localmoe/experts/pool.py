@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
+from localmoe.errors import DeviceError
+from localmoe.memory import readable_size
+
 FREE, CLOSED = -1, -2  # owners of a slot that nobody has, and of one whose memory was given back
+PASSAGE = 2  # slots that a layer may fill at least while it reads a prompt: one is read while one is multiplied
 Keys = npt.NDArray[np.int64]
+
+
+def share_of(slots: int, layers: int) -> int:
+    """Slots that a layer may fill while it reads a prompt, which passes through them and leaves the others' alone."""
+    return max(slots // layers, min(PASSAGE, slots))
 
 
 class Pool:
     """`owner[slot]` is the key of the expert that has it, or will have it once it is read."""
 
     def __init__(self, slots: int, slot_nbytes: int, share: int) -> None:
-        """`share`: slots that a layer may fill while it reads a prompt."""
+        """`share`: slots that a layer may fill while it reads a prompt. Raises DeviceError where the system does not
+        give so much memory."""
         self.slot_nbytes, self.share = slot_nbytes, share
         self.owner: Keys = np.full(slots, FREE, np.int64)
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._memory = mmap.mmap(-1, slots * slot_nbytes, **private)
+        try:
+            self._memory = mmap.mmap(-1, slots * slot_nbytes, **private)
+        except (OSError, OverflowError):
+            size = readable_size(slots * slot_nbytes)
+            raise DeviceError(
+                f"the system does not give {size} of memory for experts: a smaller --memory will do"
+            ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a system that could have them, and was built without
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
@@ -46,4 +64,19 @@ class Pool:
     def give_back(self, slot: int) -> None:
         """The memory of a slot to the system; it cannot be used until it is opened again."""
         self.owner[slot] = CLOSED
-        self._memory.madvise(mmap.MADV_DONTNEED, slot * self.slot_nbytes, self.slot_nbytes)
+        self._forget(slot * self.slot_nbytes, self.slot_nbytes)
+
+    def close(self) -> None:
+        """The memory to the system, now, and not when nobody knows the pool any more. What a read that hangs will still
+        write has a place until it ends. May be called twice."""
+        if self._memory.closed:
+            return
+        self.owner[:] = CLOSED
+        self._forget(0, len(self._memory))
+        self._bytes.release()
+        with suppress(BufferError):
+            self._memory.close()
+
+    def _forget(self, start: int, nbytes: int) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, start, nbytes)

@@ -176,7 +176,8 @@ class Reader:
         try:
             return os.preadv(file, [self._buffer[:nbytes]], start)
         finally:
-            os.posix_fadvise(file, start, nbytes, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _open(path: Path, way: Way) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -19,6 +19,7 @@ from localmoe.experts.reading import FileReader
 
 T = TypeVar("T")
 PATIENCE = 0.5  # seconds between two looks at whether the readers are still there
+READ, GIVEN_UP = "read", "given up"  # what becomes of a load
 HANGING = 5.0  # seconds that a read may take when nobody wants it any more
 
 
@@ -44,10 +45,23 @@ class Load:
     asked: bool = False
     error: BaseException | None = None
     read: deque[None] = field(default_factory=deque)  # one for each piece that is done; appending is atomic
+    _fate: dict[str, str] = field(default_factory=dict)  # of "fate": setting what is not set yet is atomic, too
 
     @property
     def complete(self) -> bool:
         return len(self.read) == self.count
+
+    def begin(self) -> bool:
+        """Before a piece is read; False where nothing is to be read any more."""
+        return self._fate.setdefault("fate", READ) == READ
+
+    def give_up(self) -> bool:
+        """Nothing of it will be read; False where somebody has begun to."""
+        return self._fate.setdefault("fate", GIVEN_UP) == GIVEN_UP
+
+    @property
+    def given_up(self) -> bool:
+        return self._fate.get("fate") == GIVEN_UP
 
 
 class Readers:
@@ -57,30 +71,39 @@ class Readers:
         self._urgent: deque[Load] = deque()
         self._later: deque[Load] = deque()
         self._tokens: SimpleQueue[bool] = SimpleQueue()  # one for each look that a thread is to take
-        self._finished: SimpleQueue[None] = SimpleQueue()
+        self._finished: SimpleQueue[Load] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name="reader", daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
     def ask(self, load: Load) -> None:
-        """Begin to read; asking again for what is waiting already does no harm, and makes it urgent."""
+        """Begin to read; asking again for what is waiting already does no harm."""
         (self._later if load.ahead else self._urgent).append(load)
         self._tokens.put(True)
         load.asked = True
 
-    def wait(self, loads: Iterable[Load]) -> None:
-        """Until some piece has been read, or a while has passed. Raises DeviceError when no thread is left."""
-        for load in loads:
-            if not load.asked or load.ahead:
-                load.ahead = False
-                self.ask(load)
+    def hurry(self, load: Load) -> None:
+        """Somebody waits for it now, if nobody did until now."""
+        if not load.asked or load.ahead:
+            load.ahead = False
+            self.ask(load)
+
+    def finished(self) -> Iterator[Load]:
+        """Loads that became complete since this was asked last; one that an interrupt kept from the asker is not told
+        again, and one may be told twice."""
+        while not self._finished.empty():
+            yield self._finished.get()
+
+    def wait(self) -> Load | None:
+        """The next load that becomes complete; None after a while. Raises DeviceError when no thread is left."""
         try:
-            self._finished.get(timeout=PATIENCE)
+            return self._finished.get(timeout=PATIENCE)
         except Empty:
             if not any(thread.is_alive() for thread in self._threads):
                 raise DeviceError("the threads that read experts have ended: open the model again") from None
             for _ in range(len(self._urgent) + len(self._later) - self._tokens.qsize()):
                 self._tokens.put(True)  # asking was interrupted, or a thread that ended took tokens for others
+            return None
 
     def close(self) -> None:
         """Returns when no thread reads any more; one whose read hangs keeps the memory that it reads into."""
@@ -95,8 +118,10 @@ class Readers:
     def _work(self) -> None:
         while self._tokens.get():
             load = _first(self._urgent) or _first(self._later)
-            piece = _first(load.pieces) if load else None
-            if load is None or piece is None:  # taken by others
+            if load is None or not load.begin():
+                continue
+            piece = _first(load.pieces)
+            if piece is None:  # taken by others
                 continue
             try:
                 if load.pieces:
@@ -106,7 +131,8 @@ class Readers:
             except BaseException as error:  # a thread must never end with a load that looks unfinished
                 load.error = error
             load.read.append(None)
-            self._finished.put(None)
+            if load.complete:
+                self._finished.put(load)
 
 
 def _first(waiting: deque[T]) -> T | None:

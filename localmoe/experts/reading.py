@@ -12,7 +12,9 @@ from threading import Lock
 from localmoe.errors import ReadError
 from localmoe.loader.files import Identity, MappedFile
 
-BLOCK = 4096  # what O_DIRECT asks of places and sizes, on every disk that takes sectors of 512 or 4096
+# What O_DIRECT asks of places and sizes, on every disk that takes sectors of 512 or 4096. And a page, as that is what
+# memory is given back by: arm64 has some of 16 and 64 KiB.
+BLOCK = max(4096, mmap.PAGESIZE)
 
 
 class FileReader:
@@ -77,7 +79,7 @@ class FileReader:
         return ReadError(f"{self.file.path}: at byte {offset + done}: {wanted - done} bytes cannot be read: {reason}")
 
     def _read_at(self, buffer: memoryview, offset: int) -> int:
-        if sys.platform != "win32":
+        if hasattr(os, "preadv"):
             return os.preadv(self._descriptor, [buffer], offset)
         with self._turn:
             os.lseek(self._descriptor, offset, os.SEEK_SET)

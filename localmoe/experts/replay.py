@@ -21,6 +21,7 @@ import numpy.typing as npt
 from localmoe.errors import SettingError
 from localmoe.experts.history import History, Scores
 from localmoe.experts.policies import POLICIES, Policy
+from localmoe.experts.pool import share_of
 from localmoe.experts.telemetry import Counts
 from localmoe.experts.trace import Choice, Header, Trace
 from localmoe.kernels.program import Progress
@@ -28,7 +29,6 @@ from localmoe.kernels.program import Progress
 Places = npt.NDArray[np.intp]  # experts of all layers, counted through: layer · E + id
 
 BOUND = "belady"
-PASSAGE = 4  # slots that a layer may fill at least while it reads a prompt
 SIZES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.75)  # of the bytes of all experts
 
 
@@ -226,8 +226,7 @@ def cache_of(header: Header, size: float) -> Cache:
     for nbytes in set(header.expert_nbytes):
         layers = header.expert_nbytes.count(nbytes)
         slots = max(header.used, min(layers * header.experts, round(size * layers * header.experts)))
-        share = max(slots // layers, min(PASSAGE, slots))
-        pools[nbytes] = Pool(slots, share, np.zeros((header.layers, header.experts), bool))
+        pools[nbytes] = Pool(slots, share_of(slots, layers), np.zeros((header.layers, header.experts), bool))
     total = sum(nbytes * pool.slots for nbytes, pool in pools.items())
     return Cache(total, [pools[nbytes] for nbytes in header.expert_nbytes])
 

@@ -79,7 +79,8 @@ class Residence:
         return Room(self.sizes.experts, room, held, self.budget, self.sizes.dense, self.beside)
 
     def close(self) -> None:
-        if self.experts:
+        """Whoever gave a trace goes on with it, or closes it."""
+        if isinstance(self.experts, SlotExperts):
             self.experts.close()
 
 
@@ -90,13 +91,16 @@ def settle(
     sizes: Sizes,
     needed: Callable[[], int],
     known: Callable[[], History],
+    trace: TraceWriter | None = None,
+    own: int = 0,
 ) -> Residence:
     """Decides what "auto" means now, and opens what is needed for it. `program` is that of one token, `needed` tells
-    the bytes that are needed beside the weights, `known` what is known of the experts' use.
+    the bytes that are needed beside the weights, `known` what is known of the experts' use. `own`: bytes that the
+    model has in memory by now, which are counted as free, since they will be part of what it needs, or given back.
 
     Raises SettingError for a budget that is too small, with the smallest that would do.
     """
-    budget = loading.memory or int(SHARE * available_nbytes())
+    budget = loading.memory or int(SHARE * (available_nbytes() + own))
     ops = expert_ops(program)
     small = SMALL * sizes.weights < budget and loading.mode != "slots"
     beside = 0 if small else needed()  # which takes a moment, and small models should start at once
@@ -121,11 +125,11 @@ def settle(
             known(),
             direct=disk is None or disk.way == "direct",
             lookahead=loading.lookahead,
-            trace=_trace(loading, source, ops),
+            trace=trace,
         )
         return Residence(*how, store, Pressure(store))
-    if ops and (loading.trace or not fits):
-        return Residence(*how, MappedExperts(ops, known(), advise=not fits, trace=_trace(loading, source, ops)))
+    if ops and (trace or not fits):
+        return Residence(*how, MappedExperts(ops, known(), advise=not fits, trace=trace))
     return Residence(*how)
 
 
@@ -149,8 +153,9 @@ def room_for_experts(
     )
 
 
-def _trace(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter | None:
-    if loading.trace is None:
+def trace_of(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter | None:
+    """None where none is asked for, or nothing is to be written."""
+    if loading.trace is None or not ops:
         return None
     first = ops[0]
     nbytes = tuple(sum(weight.nbytes // weight.shape[0] for weight in op.matrices) for op in ops)

@@ -13,10 +13,10 @@ from time import perf_counter
 
 import numpy as np
 
-from localmoe.errors import LocalMoeError, SettingError
+from localmoe.errors import LocalMoeError, ReadError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.policies import Policy
-from localmoe.experts.pool import CLOSED, FREE, Pool
+from localmoe.experts.pool import CLOSED, FREE, Pool, share_of
 from localmoe.experts.readers import Load, Piece, Readers
 from localmoe.experts.reading import BLOCK, FileReader
 from localmoe.experts.telemetry import Counts
@@ -28,7 +28,6 @@ from localmoe.loader.files import MappedFile, by_address, place
 
 THREADS = 4  # readers: two reads in flight nearly saturate a disk, and a thread that computes is in the way of one
 IN_FLIGHT = 8  # experts of a prompt's chunk that are read while others are multiplied
-PASSAGE = 4  # slots that a layer may fill at least while it reads a prompt: two are read while two are multiplied
 NOBODY = np.empty(0, np.int32)
 
 
@@ -108,47 +107,64 @@ class SlotExperts:
     def begin(self) -> None:
         """A step begins."""
         self.history.tick()
-        self.collect()
-        for load in [load for load in self.loading.values() if load.complete]:  # failed, and nobody waits any more
-            self._forget(load)
-        for load in self.loading.values():
+        for load in list(self.loading.values()):
             load.left = True
+            if load.complete or load.given_up:
+                self._take(load)
+            elif not load.asked:  # an interrupted step did not come to it
+                self.team.ask(load)
         for pool in self.pools.values():  # what an interrupted step left half done
-            owned = np.flatnonzero(pool.owner >= 0)
-            lost = [s for s in owned if not self.ready.flat[pool.owner[s]] and pool.owner[s] not in self.loading]
-            pool.owner[lost] = FREE
+            empty = np.flatnonzero(pool.owner >= 0)
+            empty = empty[~self.ready.reshape(-1)[pool.owner[empty]]]
+            pool.owner[[slot for slot in empty.tolist() if int(pool.owner[slot]) not in self.loading]] = FREE
 
     def collect(self) -> None:
-        """Loads that are complete become experts that are there; those that failed make room, unless someone waits for
-        them and wants to hear why."""
-        for key, load in list(self.loading.items()):
-            if not load.complete:
-                continue
-            if load.error is None:
-                self.layers[key // self.width].settle(load)
-                self.ready.flat[key] = True
-            elif not load.ahead and not load.left:
-                continue
-            self._forget(load)
+        """Loads that are complete become experts that are there."""
+        for load in self.team.finished():
+            self._take(load)
+
+    def _take(self, load: Load) -> None:
+        """A load that failed makes room, unless someone waits for it and wants to hear why."""
+        if self.loading.get(load.key) is not load:
+            return
+        if load.complete and load.error is None:
+            self.layers[load.key // self.width].settle(load)
+            self.ready.flat[load.key] = True
+        elif not (load.ahead or load.left or load.given_up):
+            return
+        self._forget(load)
 
     def raise_error(self, keys: Sequence[int]) -> None:
         """Why a load that somebody waits for has failed; it may be asked for again."""
         for load in [self.loading[key] for key in keys if key in self.loading]:
-            if load.complete and load.error is not None:
+            if load.complete and load.error is not None and not load.left:
                 self._forget(load)
                 if isinstance(load.error, LocalMoeError):
                     raise load.error
-                raise SettingError(f"an expert could not be read: {load.error!r}") from load.error
+                layer, expert = self.layers[load.key // self.width], load.key % self.width
+                name = layer.op.weights[0].name
+                raise ReadError(f"{name}: expert {expert} could not be read: {load.error!r}") from load.error
 
     def _forget(self, load: Load) -> None:
         del self.loading[load.key]
-        if load.error is not None:
+        if load.error is not None or load.given_up:
+            self.ahead.flat[load.key] = False
             self.layers[load.key // self.width].pool.owner[load.slot] = FREE
 
-    def wait(self, keys: Sequence[int]) -> None:
+    def withdraw(self, pool: Pool) -> int | None:
+        """A slot for whom somebody waits, of an expert that was to be read ahead when nobody has begun to: the last of
+        them, as the first ones are the likeliest."""
+        for load in reversed(self.loading.values()):
+            if load.ahead and self.layers[load.key // self.width].pool is pool and load.give_up():
+                self._forget(load)
+                return load.slot
+        return None
+
+    def wait(self) -> None:
         """Until something has been read, for a step that can do nothing else."""
         start = perf_counter()
-        self.team.wait([self.loading[key] for key in keys if key in self.loading])
+        if load := self.team.wait():
+            self._take(load)
         self.counts = replace(self.counts, waited_seconds=self.counts.waited_seconds + perf_counter() - start)
 
     def count(self, **more: float) -> None:
@@ -178,7 +194,7 @@ class SlotExperts:
         theirs: a long prompt passes through few slots and leaves the others as they are.
         """
         may_go = pool.owner >= 0
-        may_go[may_go] = (self.ready & ~self.held).flat[pool.owner[may_go]]
+        may_go[may_go] = (self.ready & ~self.held).reshape(-1)[pool.owner[may_go]]
         if layer is not None:
             owners = pool.owner // self.width
             sizes = np.bincount(owners[pool.owner >= 0], minlength=len(self.layers))
@@ -189,18 +205,22 @@ class SlotExperts:
         slots = np.flatnonzero(may_go)
         if not slots.size:
             return None
-        slot = int(slots[np.argmin(self.policy(self.history).flat[pool.owner[slots]])])
-        self.ready.flat[pool.owner[slot]] = False
+        slot = int(slots[np.argmin(self.policy(self.history).reshape(-1)[pool.owner[slots]])])
+        key = pool.owner[slot]
+        self.ready.flat[key] = self.ahead.flat[key] = False
         pool.owner[slot] = FREE
         return slot
 
     def close(self) -> None:
-        """Stop reading; the slots must not be used any more."""
-        self.team.close()
-        for reader in self._readers.values():
-            reader.close()
-        if self.trace:
-            self.trace.close()
+        """Stop reading; the slots must not be used any more, and their memory is the system's again."""
+        try:
+            self.team.close()
+        finally:
+            for reader in self._readers.values():
+                reader.close()
+            self.loading.clear()
+            for pool in self.pools.values():
+                pool.close()
 
     def find(self, weight: Weight, matrix: int) -> tuple[FileReader, int, int]:
         """Where a matrix lies: the file's reader, offset and size in bytes."""
@@ -249,11 +269,10 @@ class SlotLayer:
         self._there, self._prompt = experts[there], len(ids) > 1
         self._missing = experts[~there].tolist()
         store.held[self.index][self._there] = True
-        guessed = int(store.ahead[self.index][self._there].sum())
+        guessed = int(store.ahead[self.index][experts].sum())  # also those that are still being read
         store.ahead[self.index][experts] = False
-        hits = self._there.size
-        store.count(steps=self.index == 0, tokens=len(ids) * (self.index == 0), chosen=experts.size, hits=hits)
-        store.count(ahead_used=guessed)
+        first, hits = self.index == 0, self._there.size
+        store.count(steps=first, tokens=len(ids) * first, chosen=experts.size, hits=hits, ahead_used=guessed)
         self._ask(self._missing)
         if guess is not None and len(ids) == 1 and self.index + 1 < len(store.layers):
             store.layers[self.index + 1].expect(guess)
@@ -268,7 +287,7 @@ class SlotLayer:
             if not missing:
                 return
             ready = self._arrived(missing)
-            missing = [e for e in missing if e not in ready]
+            missing = [e for e in missing if not store.held[self.index, e]]
 
     def _arrived(self, missing: list[int]) -> Ids:
         """The first of the missing experts to be there, held; all that are by now."""
@@ -280,25 +299,28 @@ class SlotLayer:
             arrived = np.asarray([e for e in missing if store.ready[self.index, e]], np.int32)
             if arrived.size:
                 store.held[self.index][arrived] = True
-                self._ask([e for e in missing if e not in arrived])
+                self._ask([e for e in missing if not store.held[self.index, e]])
                 return arrived
-            store.wait([first + e for e in missing])
+            store.wait()
 
     def expect(self, guess: Ids) -> None:
         """Read ahead what may be chosen next, where nobody has to wait for it."""
         for expert in np.unique(guess).tolist():
-            self.read_ahead(expert)
+            if self.read_ahead(expert):
+                self.store.ahead[self.index, expert] = True
+                self.store.count(ahead_read=1)
 
-    def read_ahead(self, expert: int) -> None:
+    def read_ahead(self, expert: int) -> bool:
+        """Whether it begins to be read now."""
         key = self.first + expert
-        if not self.store.ready.flat[key] and key not in self.store.loading and self._load(expert, ahead=True):
-            self.store.ahead.flat[key] = True
-            self.store.count(ahead_read=1)
+        return not self.store.ready.flat[key] and key not in self.store.loading and self._load(expert, ahead=True)
 
     def _ask(self, experts: Sequence[int]) -> None:
         """Begin to read as many of these as there is room for, of a prompt's chunk a few at a time."""
         store, first = self.store, self.first
         running = sum(first + e in store.loading for e in experts)
+        for load in [store.loading[first + e] for e in experts if first + e in store.loading]:
+            store.team.hurry(load)
         for expert in experts:
             if self._prompt and running >= IN_FLIGHT:
                 return
@@ -312,7 +334,9 @@ class SlotLayer:
         """Give an expert a slot and have it read; False where every slot is in use."""
         slot = self.pool.free()
         if slot is None:
-            slot = self.store.victim(self.pool, self if self._prompt else None)
+            slot = self.store.victim(self.pool, self if self._prompt and not ahead else None)
+        if slot is None and not ahead:
+            slot = self.store.withdraw(self.pool)
         if slot is None:
             return False
         key, room = self.first + expert, self.pool.place(slot)
@@ -350,7 +374,7 @@ def pools(ops: Sequence[Op], room: int) -> dict[Size, Pool]:
         experts, used = sum(op.weights[0].shape[0] for op in same), max(op.inputs[1].shape[1] for op in same)
         more = int(spare * (experts - used) / max(whole - least, 1)) if whole > least else 0
         slots = min(used + more, experts)
-        found[size] = Pool(slots, size.nbytes, max(slots // len(same), min(PASSAGE, slots)))
+        found[size] = Pool(slots, size.nbytes, share_of(slots, len(same)))
     return found
 
 

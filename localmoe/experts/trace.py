@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,6 +89,12 @@ class TraceWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def discard(self) -> None:
+        """Nothing came of it: the file is removed."""
+        self.close()
+        with suppress(OSError):
+            self.path.unlink()
 
     def _write(self) -> None:
         data, self._lines = memoryview("".join(self._lines).encode()), []

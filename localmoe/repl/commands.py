@@ -150,8 +150,8 @@ def lazy(talk: Talk, argument: str) -> None:
         return
     asked, before = changed(model.loading, argument), model.residency_mode
     try:
-        with silent_keyboard(), talk.screen.progress("changing how weights are loaded"):
-            model.change_loading(asked)
+        with silent_keyboard(), talk.screen.progress("changing how weights are loaded") as bar:
+            model.change_loading(asked, bar)
     except LocalMoeError as error:
         talk.screen.error(str(error))
         talk.screen.notice(f"({before} goes on)")

@@ -185,7 +185,8 @@ class CpuPlan:
         done = 0
         for pause in self._kept.pauses:
             self._walk(done, pause.chosen)
-            done = pause.chosen if self._all_there(pause, tokens.size) else self._waves(pause, tokens.size)
+            whole = self._all_there(pause, tokens.size)
+            done = pause.chosen if whole else self._waves(pause, pause.chosen, tokens.size)
         self._walk(done, len(self._tape))
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
@@ -198,7 +199,9 @@ class CpuPlan:
             entries = np.flatnonzero(owners == i)
             pause = pauses.get(id(op.inputs[1])) if op.name == "experts" else None
             if pause and not self._all_there(pause, tokens.size):
-                self._waves(pause, tokens.size)
+                self._waves(
+                    pause, int(entries[0]), tokens.size
+                )  # what stands before has run, some of it over its input
                 entries = entries[entries >= pause.last]
             for entry in entries:
                 self.run_entry(int(entry))
@@ -218,9 +221,9 @@ class CpuPlan:
         pause.list_all()
         return whole
 
-    def _waves(self, pause: Pause, tokens: int) -> int:
-        """Runs the entries from the router to the last wave, of which none is run before its experts are in memory."""
-        self._walk(pause.chosen, pause.first)
+    def _waves(self, pause: Pause, start: int, tokens: int) -> int:
+        """Runs the entries from `start` to the last wave, of which none is run before its experts are in memory."""
+        self._walk(start, pause.first)
         for ready in pause.layer.waves():
             pause.list_ready(ready, self._view(pause.ids, tokens))
             if pause.counters:
@@ -248,8 +251,8 @@ class CpuPlan:
         """A tensor of the step that runs, where it stands in the arena."""
         shape = (min(tensor.shape[0], tokens), *tensor.shape[1:])
         kind = np.dtype(np.float32 if tensor.dtype == "f32" else np.int32)
-        flat = self._arena[self._kept.offset(tensor) :].view(kind)[tensor.offset :]
-        return np.lib.stride_tricks.as_strided(flat, shape, tuple(4 * s for s in tensor.strides))
+        start = self._kept.offset(tensor) + 4 * tensor.offset
+        return np.ndarray(shape, kind, self._arena, start, tuple(4 * s for s in tensor.strides))
 
     def _piece(self, offset: int, count: int, kind: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         return self._arena[offset : offset + count * kind.itemsize].view(kind)

@@ -47,8 +47,10 @@ class Pause:
     def list_ready(self, ready: Ids, ids: Ids) -> None:
         """Those experts of a chunk, or the choices of them of a token."""
         self._renew_records()
-        items = ready if self.counters is not None else np.flatnonzero(np.isin(ids[0], ready))
-        self.listed[0], self.listed[1 : items.size + 1] = items.size, items
+        items = ready.tolist()
+        if self.counters is None:
+            items = [choice for choice, expert in enumerate(ids[0].tolist()) if expert in items]
+        self.listed[0], self.listed[1 : len(items) + 1] = len(items), items
 
     def _renew_records(self) -> None:
         for record, addresses in zip(self.records, self.layer.addresses, strict=True):
@@ -75,6 +77,8 @@ class Wave:
             return
         ids, ahead = self._op.inputs[1], guess(self._op)
         place = (self._lowering.entries_until(ahead or ids), self._first, self._lowering.entry_count)
+        before = self._lowering.pauses[-1].last if self._lowering.pauses else 0
+        assert before <= place[0], "experts that were chosen are multiplied before the next layer chooses"
         self._lowering.pauses.append(
             Pause(self._layer, ids, ahead, *place, self._list, self._counters, tuple(self._records))
         )
