@@ -15,10 +15,11 @@ import numpy.typing as npt
 from localmoe.errors import DeviceError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.residence import Residence, expert_ops, settle
+from localmoe.experts.residence import Residence, expert_ops, make, settle
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.experts.usage import Usage
+from localmoe.formats import Bytes, MadeSlabs
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.program import Floats, Progress, Watcher
 from localmoe.kernels.states import States
@@ -80,6 +81,7 @@ class Model:
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._states = States(self.network.program(1).state_slots)
         self._residence: Residence | None = None
+        self._made: list[Bytes] = []  # weights that are in memory, as the files do not hold them as they are
         self._learned = loading.learned
         self._prefault = Prefault(())
         self._plans: dict[tuple[int, bool], Plan] = {}
@@ -140,13 +142,14 @@ class Model:
                 read_all(self.source, self._progress)
             # Compiled now, under the progress bar, and not when the first answer is awaited.
             lengths = sorted({1, self.chunk})
+            made = make(program, found, self._progress)
             plans = self.device.compile_all([self.network.program(n) for n in lengths], found.experts)
             self._soundness.check()  # norms and biases have been copied
         except BaseException:
             found.close()
             raise
         self._prefault.stop()
-        self.loading, self._residence = loading, found
+        self.loading, self._residence, self._made = loading, found, made
         self._plans = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
         self._prefault = Prefault(self.network.weights_by_use(experts=found.mode != "slots") if ahead else ())
@@ -318,6 +321,7 @@ class Model:
         self.cached.clear()
         self._states.clear()
         self._plans.clear()
+        self._made.clear()
         self._running.close()
         self._learn()
         self.device.close()
@@ -355,11 +359,12 @@ class Model:
 
 
 def read_all(source: Source, progress: Progress | None = None) -> None:
-    """Read every weight byte once, so that the page cache holds the file before the first token."""
+    """Read every weight byte once, so that the page cache holds the file before the first token; but for what is made
+    of bytes of the file, and then in memory."""
     done = 0
     report = partial(progress, "reading weights") if progress else None
     for weight in source.tensors.values():
-        for slab in weight.slabs:
+        for slab in () if isinstance(weight.slabs, MadeSlabs) else weight.slabs:
             slab[::1024].max(initial=0)
             done += slab.size
         if report:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable
 
-from localmoe.formats import Weight
+from localmoe.formats import MadeSlabs, Weight
 
 MADV_POPULATE_READ = 22  # Linux 5.14: pages are read in and mapped, as if each had been read from
 PIECE = 8 << 20  # bytes between two looks at whether it is time to stop
@@ -41,7 +41,7 @@ class Prefault:
     def _run(self) -> None:
         libc = ctypes.CDLL(None)
         for weight in self._weights:
-            for slab in weight.slabs:
+            for slab in () if isinstance(weight.slabs, MadeSlabs) else weight.slabs:
                 first, end = slab.ctypes.data & -mmap.PAGESIZE, slab.ctypes.data + slab.size
                 for start in range(first, end, PIECE):
                     size = min(PIECE, end - start)
