@@ -37,7 +37,7 @@ import localmoe.experts.residence
 import localmoe.loader.cuts
 from localmoe.errors import SettingError, UnsupportedError
 from localmoe.experts.loading import Loading
-from localmoe.experts.making import Making, Spare
+from localmoe.experts.making import Making, Spare, makings
 from localmoe.experts.reading import BLOCK
 from localmoe.formats import Bytes, MadeSlabs, Step
 from localmoe.inspection import report
@@ -258,12 +258,20 @@ def test_a_folder_far_larger_than_memory_runs_in_slots_and_is_refused_whole(
         assert model.residency_mode == "slots"
 
 
-def test_gate_and_up_of_the_same_bytes_are_read_once(mxfp4: Path) -> None:
-    with closing(opened(mxfp4, "slots", share=0.0)) as model:
-        model.forward([1], 0)
-        blocks = 2 * F * D // 2 + D * F // 2  # of gate and up, and of down
-        bound = 2 * LAYERS * (blocks * 17 // 16 + 4 * BLOCK)  # of two experts a layer, whole blocks at both ends
-        assert model.counts().nbytes_read <= bound
+@pytest.mark.parametrize("name", ["gpt-oss, MXFP4", "gpt-oss, BF16", "llama4"])
+def test_gate_and_up_of_the_same_bytes_are_read_once(name: str, tmp_path: Path) -> None:
+    reader: Any = object()
+    with closing(opened(FOLDERS[name](tmp_path / "folder"), "slots")) as model:
+        wanted = [(weight, 2, np.zeros(weight.slab_nbytes, np.uint8)) for weight in expert_ops(model)[1].matrices]
+        both, down = makings(wanted, lambda weight, view: (reader, view.ctypes.data, view.size))
+    assert (len(both.made), len(down.made)) == (2, 1)
+    for _, _, slab in wanted:
+        assert not slab.any()
+    for making in (both, down):
+        for step, slab in making.made:
+            step.make(step.views, slab)
+    for weight, matrix, slab in wanted:
+        assert slab.tobytes() == weight.slabs[matrix].tobytes()
 
 
 def test_places_that_lie_close_together_are_one_read() -> None:
@@ -293,9 +301,9 @@ def test_an_expert_with_other_zeros_than_the_first_is_told_when_it_is_read(tmp_p
     folder = FOLDERS["gptq"](tmp_path / "folder")
     entries = read_shards(folder)
     tensors = {name: (e.dtype, e.shape, e.bytes.tobytes()) for name, e in entries.items()}
-    name = "model.layers.1.mlp.experts.7.down_proj.qzeros"
-    dtype, shape, data = tensors[name]
-    tensors[name] = (dtype, shape, bytes(len(data)))
+    for name in [f"model.layers.1.mlp.experts.{i}.down_proj.qzeros" for i in range(1, 8)]:
+        dtype, shape, data = tensors[name]
+        tensors[name] = (dtype, shape, bytes(len(data)))
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     with pytest.raises(UnsupportedError, match=r"down_proj\.qweight' has other zeros than 8"):

@@ -13,7 +13,7 @@ from localmoe.experts.reading import BLOCK, FileReader
 from localmoe.formats import Bytes, MadeSlabs, Step, Weight
 
 NEAR = 1 << 16  # bytes between two places that are read together: less than a read of their own would cost
-TEMPORARY = 4  # times the bytes read: what making needs beside them, at most
+TEMPORARY = 8  # times the bytes read: they, and what making needs beside them, at most
 Place = tuple[FileReader, int, int]  # where bytes lie: a file's reader, offset, size
 
 

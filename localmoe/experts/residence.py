@@ -92,8 +92,8 @@ def settle(
 
     Raises SettingError for a budget that is too small, with the smallest that would do.
     """
-    budget = loading.memory or int(SHARE * available_nbytes())
     ops = expert_ops(program)
+    budget = loading.memory or int(SHARE * (available_nbytes() + _made_nbytes(ops)))
     small = SMALL * sizes.weights < budget and loading.mode != "slots"
     beside = 0 if small else needed()  # which takes a moment, and small models should start at once
     beside += 0 if small else spare_nbytes((w for op in ops for w in op.matrices), THREADS)
@@ -143,6 +143,12 @@ def made_weights(program: Program, mode: str) -> list[Weight]:
     """Weights of which a mode has all slabs made when it is taken up."""
     ops = [op for op in program.ops if op.name != "experts" or mode != "slots"]
     return [weight for op in ops for weight in op.matrices if isinstance(weight.slabs, MadeSlabs)]
+
+
+def _made_nbytes(ops: Sequence[Op]) -> int:
+    """Bytes of the experts that are made already, which a mode that needs them has and another gives back."""
+    slabs = [weight.slabs for op in ops for weight in op.matrices if isinstance(weight.slabs, MadeSlabs)]
+    return sum(len(each) * each.nbytes - each.missing_nbytes for each in slabs)
 
 
 def _require_memory(source: Source, weights: Sequence[Weight]) -> None:

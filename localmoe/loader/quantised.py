@@ -272,11 +272,11 @@ def _unpacked_shape(entry: Entry, axis: int) -> tuple[int, int]:
 
 def _nibbles(words: Array, axis: int) -> Array:
     """Eight numbers of each 32-bit word, the lowest first, side by side along `axis`."""
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    each = ((words.view(np.uint32)[..., None] >> shifts) & 15).astype(np.uint8)  # (a, b, 8)
-    if axis == 0:
-        each = each.transpose(0, 2, 1)
-    return np.ascontiguousarray(each.reshape(-1, words.shape[1]) if axis == 0 else each.reshape(len(words), -1))
+    height, width = words.shape
+    found = np.empty((height, 8, width) if axis == 0 else (height, width, 8), np.uint8)
+    for i, place in enumerate(np.moveaxis(found, 1 if axis == 0 else 2, 0)):
+        place[:] = (words.view(np.uint32) >> np.uint32(4 * i)) & np.uint32(15)
+    return found.reshape((-1, width) if axis == 0 else (height, -1))
 
 
 def _check_grid(entry: Entry, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
