@@ -20,7 +20,7 @@ from localmoe.loader.source import shown
 
 PACKED = FORMATS["MXFP4"]
 HALVES = ("gate", "up")
-TILE = 128
+TILE = 128  # rows or columns that are made at a time
 LOW = np.uint64(0x0F0F_0F0F_0F0F_0F0F)  # the low nibbles of 8 bytes
 
 
@@ -145,12 +145,15 @@ def _packed(blocks: Callable[[], Weight], scales: Callable[[], Weight], part: st
     step = kept.step or 1
 
     def pack(rows: slice, views: Sequence[Bytes], slab: Bytes) -> None:
-        halves = views[0].reshape(-1, count, 2, 8)[kept].view(np.uint64)  # values 0 to 15, and 16 to 31
-        low, high = halves[..., 0, 0], halves[..., 1, 0]
-        block = slab.reshape(-1, count, PACKED.nbytes)[rows.start // step : -(-rows.stop // step)]
-        block[..., 0] = views[1].reshape(-1, count)[kept]
-        block[..., 1::2] = _bytes((low & LOW) | ((high & LOW) << np.uint64(4)))
-        block[..., 2::2] = _bytes(((low >> np.uint64(4)) & LOW) | (high & ~LOW))
+        stored_blocks, stored_powers = views[0].reshape(-1, count, 2, 8), views[1].reshape(-1, count)
+        made = slab.reshape(-1, count, PACKED.nbytes)[rows.start // step : -(-rows.stop // step)]
+        for start in range(0, len(stored_blocks), TILE):  # temporary values stay in a cache
+            halves = stored_blocks[start : start + TILE][kept].view(np.uint64)  # values 0 to 15, and 16 to 31
+            low, high = halves[..., 0, 0], halves[..., 1, 0]
+            block = made[start // step : (start + TILE) // step]
+            block[..., 0] = stored_powers[start : start + TILE][kept]
+            block[..., 1::2] = _bytes((low & LOW) | ((high & LOW) << np.uint64(4)))
+            block[..., 2::2] = _bytes(((low >> np.uint64(4)) & LOW) | (high & ~LOW))
 
     def steps(matrix: int) -> list[Step]:
         both = nibbles.slabs[matrix], powers.slabs[matrix]
