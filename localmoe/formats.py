@@ -6,9 +6,11 @@ tests against the `gguf` package.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -70,19 +72,61 @@ class Scales:
         return replace(self, first=self.first + rows)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """A part of the making of a slab: `make` takes what `views` of files hold, and the slab, of which it fills a part.
+
+    Together the steps of a slab fill it; they may be taken in any order, and at the same time.
+    """
+
+    views: tuple[Bytes, ...]
+    make: Callable[[Sequence[Bytes], Bytes], None]
+
+
+class MadeSlabs:
+    """Slabs of `nbytes` that no file has as they are: each is made by `steps` when it is asked for. Nothing is kept
+    here: a slab lives as long as somebody holds it, and is made once for all who do."""
+
+    def __init__(self, count: int, nbytes: int, steps: Callable[[int], Sequence[Step]]) -> None:
+        self.count, self.nbytes, self.steps = count, nbytes, steps
+        self._made: WeakValueDictionary[int, Bytes] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Bytes:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        found = self._made.get(index)
+        if found is None:
+            found = np.empty(self.nbytes, np.uint8)
+            for step in self.steps(index):
+                step.make(step.views, found)
+            self._made[index] = found
+        return found
+
+    def __iter__(self) -> Iterator[Bytes]:
+        return (self[index] for index in range(self.count))
+
+    @property
+    def missing_nbytes(self) -> int:
+        """Bytes of memory that making all of them would take now."""
+        return (self.count - len(self._made)) * self.nbytes
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A named tensor over bytes it does not own (usually views of an mmap), row-major, last axis contiguous.
 
     `shape` is numpy's order: (n,), (rows, columns) or (matrices, rows, columns). `slabs` holds one contiguous piece per
     leading matrix for three axes (experts, heads), else exactly one; `scales` one for each slab, or none. Nothing here
-    reads the bytes.
+    reads the bytes, or has a slab made. Whoever takes the address of a slab holds it, as it may live no longer.
     """
 
     name: str
     shape: tuple[int, ...]
     format: Format
-    slabs: tuple[Bytes, ...]
+    slabs: tuple[Bytes, ...] | MadeSlabs
     scales: tuple[Scales, ...] = ()
 
     @classmethod
@@ -108,7 +152,18 @@ class Weight:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(s.size for s in self.slabs) + sum(s.values.nbytes for s in self.scales)
+        return len(self.slabs) * self.slab_nbytes + sum(s.values.nbytes for s in self.scales)
+
+    @property
+    def slab_nbytes(self) -> int:
+        """Bytes of one matrix."""
+        return self.slabs.nbytes if isinstance(self.slabs, MadeSlabs) else self.slabs[0].size
+
+    def views(self, matrix: int) -> tuple[Bytes, ...]:
+        """What a matrix is made of; where it is not made, the matrix."""
+        if isinstance(self.slabs, MadeSlabs):
+            return tuple(view for step in self.slabs.steps(matrix) for view in step.views)
+        return (self.slabs[matrix],)
 
     @property
     def elements(self) -> int:

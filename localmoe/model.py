@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,17 @@ import numpy.typing as npt
 from localmoe.errors import DeviceError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.residence import Residence, expert_ops, settle, trace_of
+from localmoe.experts.residence import Residence, expert_ops, make, read_all, settle, trace_of
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.experts.trace import TraceWriter
 from localmoe.experts.usage import Usage
+from localmoe.formats import Bytes
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.program import Floats, Progress, Watcher
 from localmoe.kernels.states import States
 from localmoe.loader.locate import open_source
 from localmoe.loader.soundness import Soundness
-from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size, resident
 from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
 from localmoe.pages import let_go
@@ -84,6 +84,7 @@ class Model:
         self._states = States(self.network.program(1).state_slots)
         self._residence: Residence | None = None
         self._trace: TraceWriter | None = None
+        self._made: list[Bytes] = []  # weights that are in memory, as the files do not hold them as they are
         self._learned = loading.learned
         self._prefault = Prefault(())
         self._plans: dict[tuple[int, bool], Plan] = {}
@@ -143,6 +144,7 @@ class Model:
                 if found.mode == "off":
                     read_all(self.source, progress or self._progress)
                 # Compiled now, under the progress bar, and not when the first answer is awaited.
+                made = make(self.network.program(1), found, progress or self._progress)
                 plans = self.device.compile_all([self.network.program(n) for n in lengths], found.experts)
                 self._soundness.check()  # norms and biases have been copied
             except BaseException:
@@ -150,7 +152,7 @@ class Model:
                 raise
             self._prefault.stop()
             compiled = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
-            self.loading, self._residence, self._plans = loading, found, compiled
+            self.loading, self._residence, self._plans, self._made = loading, found, compiled, made
         if before and found.mode == "slots":
             let_go(weight for op in expert_ops(self.network.program(1)) for weight in op.matrices)
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
@@ -163,8 +165,11 @@ class Model:
     def _settled(self, loading: Loading, trace: TraceWriter | None) -> Residence:
         program = self.network.program(1)
         sizes, own = Sizes.of(self.network.tensors, program), resident().anonymous if self._residence else 0
-        needed, known = self._needed_nbytes, lambda: self._history
-        return settle(loading, self.source, program, sizes, needed, known, trace, own)
+
+        def needed() -> int:
+            return self.network.needed(self.context, self._kv_format).resident
+
+        return settle(loading, self.source, program, sizes, needed, lambda: self._history, trace, own)
 
     @contextmanager
     def _tracing(self, loading: Loading) -> Iterator[TraceWriter | None]:
@@ -199,9 +204,6 @@ class Model:
     def uses(self) -> npt.NDArray[np.int64] | None:
         """Tokens that chose each expert since opening, (layers, experts); None where nobody counts."""
         return self._running.uses()
-
-    def _needed_nbytes(self) -> int:
-        return self.network.needed(self.context, self._kv_format).resident
 
     @property
     def _running(self) -> Residence:
@@ -347,6 +349,7 @@ class Model:
         self.cached.clear()
         self._states.clear()
         self._plans.clear()
+        self._made.clear()
         self._running.close()
         if self._trace:
             self._trace.close()
@@ -383,15 +386,3 @@ class Model:
                 f"{readable_size(free)} are free; at most {most} tokens fit"
             )
         return context
-
-
-def read_all(source: Source, progress: Progress | None = None) -> None:
-    """Read every weight byte once, so that the page cache holds the file before the first token."""
-    done = 0
-    report = partial(progress, "reading weights") if progress else None
-    for weight in source.tensors.values():
-        for slab in weight.slabs:
-            slab[::1024].max(initial=0)
-            done += slab.size
-        if report:
-            report(done, source.nbytes)

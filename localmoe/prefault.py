@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 
-from localmoe.formats import Weight
+from localmoe.formats import MadeSlabs, Weight
 
 MADV_WILLNEED = 3  # pages are read in, these and no others: a fault reads megabytes around it
 MADV_POPULATE_READ = 22  # Linux 5.14: pages are read in and mapped, as if each had been read from
@@ -54,7 +54,7 @@ class Prefault:
         """Whether it came to the end."""
         libc = ctypes.CDLL(None)
         for weight in self._weights:
-            for slab in weight.slabs:
+            for slab in () if isinstance(weight.slabs, MadeSlabs) else weight.slabs:
                 first, end = slab.ctypes.data & -mmap.PAGESIZE, slab.ctypes.data + slab.size
                 for start in range(first, end, PIECE):
                     size = min(PIECE, end - start)

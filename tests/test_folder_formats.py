@@ -13,7 +13,7 @@ from families import logits, relative_error
 from gguf_writing import safetensors_bytes
 from test_scaled import e4m3
 
-from localmoe.errors import LocalMoeError
+from localmoe.errors import FileFormatError, LocalMoeError
 from localmoe.loader.huggingface import open_folder
 from localmoe.network import Network
 
@@ -344,7 +344,13 @@ def test_what_4_bit_integers_cannot_be_is_refused_by_name(tmp_path: Path) -> Non
     message = gptq_with({**stored, f"{place}.scales": plain(short, "F16")})
     assert f"{place}.scales" in message and "(5, 224)" in message
     huge = np.full((5, 224), np.inf, np.float16)
-    assert "beyond float16" in gptq_with({**stored, f"{place}.scales": plain(huge, "F16")})
+    folder = write(
+        tmp_path / "small",
+        {**stored, f"{place}.scales": plain(huge, "F16")},
+        LLAMA | {"quantization_config": quantization},
+    )
+    with pytest.raises(FileFormatError, match="beyond float16"):  # values are looked at when the matrix is made
+        list(open_folder(folder).tensors["blk.0.ffn_up.weight"].slabs)
     other = compressed({**INT4, "group_size": 32, "actorder": "group"}, "pack-quantized")
     assert "actorder" in refused(tmp_path / "small", stored, LLAMA, other)
     assert "num_bits" in refused(tmp_path / "small", stored, LLAMA, compressed({"num_bits": 4}))

@@ -46,7 +46,8 @@ class MappedLayer:
     def __init__(self, store: MappedExperts, index: int, op: Op) -> None:
         self.store, self.index, self.op = store, index, op
         self._chosen: Ids = np.empty(0, np.int32)
-        places = [np.array([slab.ctypes.data for slab in w.slabs], np.int64) for w in op.matrices]
+        self._slabs = [[*w.slabs] for w in op.matrices]  # held: some are made and live no longer
+        places = [np.array([slab.ctypes.data for slab in slabs], np.int64) for slabs in self._slabs]
         self._addresses: tuple[Addresses, Addresses, Addresses] = (places[0], places[1], places[2])
 
     @property
@@ -78,7 +79,7 @@ class MappedLayer:
         assert self.store.advise is not None
         for weight, table in zip(self.op.matrices, self._addresses, strict=True):
             for expert in experts:
-                self.store.advise(int(table[expert]), weight.slabs[expert].size)
+                self.store.advise(int(table[expert]), weight.slab_nbytes)
 
 
 def will_need() -> Advise | None:

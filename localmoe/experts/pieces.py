@@ -24,7 +24,8 @@ SPAN = 64 << 20  # bytes of one question
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of a file that are read together, one matrix of one expert, and where in memory they are mapped."""
+    """Bytes of a file that are read together, a matrix of an expert or part of what it is made of, and where in memory
+    they are mapped."""
 
     path: Path
     start: int
@@ -50,8 +51,8 @@ class Piece:
 
 
 def pieces(weights: Iterable[Weight], files: Sequence[MappedFile]) -> list[Piece]:
-    """The slabs of matrices that are views of `files`, MOST of them at most, in random order; the weights must live as
-    long as they do. Empty where the model is planned, or lies in memory."""
+    """What matrices are read from, MOST of them at most, in random order; the weights must live as long as they do.
+    Empty where the model is planned, or lies in memory."""
     found = []
     for slab in _some_slabs(weights):
         if here := place(files, address := slab.ctypes.data, slab.size):
@@ -81,5 +82,6 @@ def _owned(path: Path) -> bool:
 
 
 def _some_slabs(weights: Iterable[Weight]) -> list[Bytes]:
-    slabs = [slab for weight in weights for slab in weight.slabs if slab.strides == (1,)]
-    return random.sample(slabs, min(MOST, len(slabs)))
+    matrices = [(weight, matrix) for weight in weights for matrix in range(len(weight.slabs))]
+    some = random.sample(matrices, min(MOST, len(matrices)))
+    return [view for weight, matrix in some for view in weight.views(matrix) if view.strides == (1,)]

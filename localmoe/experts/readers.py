@@ -15,6 +15,7 @@ from time import monotonic
 from typing import TypeVar
 
 from localmoe.errors import DeviceError
+from localmoe.experts.making import Making, Spare
 from localmoe.experts.reading import FileReader
 
 T = TypeVar("T")
@@ -31,12 +32,19 @@ class Piece:
     offset: int
     buffer: memoryview
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.buffer)
+
+    def fill(self, spare: Spare) -> None:
+        self.reader.read(self.buffer, self.offset)
+
 
 @dataclass(eq=False, slots=True)
 class Load:
     """What has to be read before an expert is there: several threads may take a piece each."""
 
-    pieces: deque[Piece]
+    pieces: deque[Piece | Making]
     count: int
     key: int
     slot: int
@@ -116,6 +124,7 @@ class Readers:
             thread.join(max(0.0, end - monotonic()))
 
     def _work(self) -> None:
+        spare = Spare()
         while self._tokens.get():
             load = _first(self._urgent) or _first(self._later)
             if load is None or not load.begin():
@@ -127,7 +136,7 @@ class Readers:
                 if load.pieces:
                     (self._later if load.ahead else self._urgent).appendleft(load)
                     self._tokens.put(True)
-                piece.reader.read(piece.buffer, piece.offset)
+                piece.fill(spare)
             except BaseException as error:  # a thread must never end with a load that looks unfinished
                 load.error = error
             load.read.append(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +13,18 @@ from localmoe.errors import SettingError
 from localmoe.experts.choice import choose
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
+from localmoe.experts.making import spare_nbytes
 from localmoe.experts.mapped import MappedExperts, read_by_rows
 from localmoe.experts.pieces import pieces
 from localmoe.experts.policies import policy_of
 from localmoe.experts.pressure import Pressure
 from localmoe.experts.probe import probe
 from localmoe.experts.sizes import Sizes
-from localmoe.experts.slots import SlotExperts, least_room
+from localmoe.experts.slots import THREADS, SlotExperts, least_room
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.experts.trace import Header, TraceWriter
-from localmoe.formats import Weight
-from localmoe.kernels.program import Op, Program
+from localmoe.formats import Bytes, MadeSlabs, Weight
+from localmoe.kernels.program import Op, Program, Progress
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
 
@@ -100,16 +102,18 @@ def settle(
 
     Raises SettingError for a budget that is too small, with the smallest that would do.
     """
-    budget = loading.memory or int(SHARE * (available_nbytes() + own))
     ops = expert_ops(program)
+    budget = loading.memory or int(SHARE * (available_nbytes() + max(own, _made_nbytes(ops))))
     small = SMALL * sizes.weights < budget and loading.mode != "slots"
     beside = 0 if small else needed()  # which takes a moment, and small models should start at once
+    beside += 0 if small else spare_nbytes((w for op in ops for w in op.matrices), THREADS)
     mode, why, disk = loading.mode, "as asked", None
     if mode == "auto":
         choice = choose(sizes, beside, budget, promised=loading.memory is not None)
         if choice.mode == "slots" and (disk := probe(pieces((w for op in ops for w in op.matrices), source.files))):
             choice = replace(choice, why=f"{choice.why}; disk {readable_size(disk.best.nbytes_per_second)}/s")
         mode, why = choice.mode, choice.why
+    _require_memory(source, made_weights(program, mode))
     fits = sizes.weights + beside <= budget
     how = (mode, why, fits, sizes, budget, beside)
     read_by_rows(looked_up(program), by_rows=mode == "slots")
@@ -131,6 +135,42 @@ def settle(
     if ops and (trace or not fits):
         return Residence(*how, MappedExperts(ops, known(), advise=not fits, trace=trace))
     return Residence(*how)
+
+
+def make(program: Program, residence: Residence, progress: Progress | None) -> list[Bytes]:
+    """The slabs of weights that files do not hold as they are, but of experts that slots make; they live as long as
+    somebody holds them."""
+    weights = made_weights(program, residence.mode)
+    found: list[Bytes] = []
+    for weight in weights:
+        for slab in weight.slabs:
+            found.append(slab)
+            if progress:
+                progress("making weights", len(found), sum(len(weight.slabs) for weight in weights))
+    return found
+
+
+def made_weights(program: Program, mode: str) -> list[Weight]:
+    """Weights of which a mode has all slabs made when it is taken up."""
+    ops = [op for op in program.ops if op.name != "experts" or mode != "slots"]
+    return [weight for op in ops for weight in op.matrices if isinstance(weight.slabs, MadeSlabs)]
+
+
+def _made_nbytes(ops: Sequence[Op]) -> int:
+    """Bytes of the experts that are made already, which a mode that needs them has and another gives back."""
+    slabs = [weight.slabs for op in ops for weight in op.matrices if isinstance(weight.slabs, MadeSlabs)]
+    return sum(len(each) * each.nbytes - each.missing_nbytes for each in slabs)
+
+
+def _require_memory(source: Source, weights: Sequence[Weight]) -> None:
+    """Raises SettingError where what has to be made does not fit: it could not be given back, as pages of files are."""
+    slabs = [weight.slabs for weight in weights if isinstance(weight.slabs, MadeSlabs)]
+    wanted, free = sum(each.missing_nbytes for each in slabs), available_nbytes()
+    if wanted > free:
+        raise SettingError(
+            f"{source.path}: matrices that the files hold in another form take {readable_size(wanted)} of memory, and "
+            f"{readable_size(free)} are free; --lazy slots makes experts one by one"
+        )
 
 
 def room_for_experts(
@@ -173,3 +213,16 @@ def looked_up(program: Program) -> list[Weight]:
 
 def expert_ops(program: Program) -> list[Op]:
     return [op for op in program.ops if op.name == "experts"]
+
+
+def read_all(source: Source, progress: Progress | None = None) -> None:
+    """Read every weight byte once, so that the page cache holds the file before the first token; but for what is made
+    of bytes of the file, and then in memory."""
+    done = 0
+    report = partial(progress, "reading weights") if progress else None
+    for weight in source.tensors.values():
+        for slab in () if isinstance(weight.slabs, MadeSlabs) else weight.slabs:
+            slab[::1024].max(initial=0)
+            done += slab.size
+        if report:
+            report(done, source.nbytes)

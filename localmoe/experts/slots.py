@@ -15,13 +15,14 @@ import numpy as np
 
 from localmoe.errors import LocalMoeError, ReadError, SettingError
 from localmoe.experts.history import History
+from localmoe.experts.making import Making, Place, makings
 from localmoe.experts.policies import Policy
 from localmoe.experts.pool import CLOSED, FREE, Pool, share_of
 from localmoe.experts.readers import Load, Piece, Readers
 from localmoe.experts.reading import BLOCK, FileReader
 from localmoe.experts.telemetry import Counts
 from localmoe.experts.trace import TraceWriter
-from localmoe.formats import Weight
+from localmoe.formats import Bytes, MadeSlabs, Weight
 from localmoe.kernels.program import Op
 from localmoe.kernels.residency import Addresses, Ids
 from localmoe.loader.files import MappedFile, by_address, place
@@ -40,7 +41,7 @@ class Size:
 
     @classmethod
     def of(cls, op: Op) -> Size:
-        rooms = [-(-w.slabs[0].size // BLOCK) * BLOCK + BLOCK for w in op.matrices]  # a file's bytes begin anywhere
+        rooms = [-(-w.slab_nbytes // BLOCK) * BLOCK + BLOCK for w in op.matrices]  # a file's bytes begin anywhere
         return cls(tuple(sum(rooms[:i]) for i in range(len(rooms))), sum(rooms))
 
 
@@ -100,8 +101,8 @@ class SlotExperts:
         """Give back what the page cache has of experts: the system reads far beyond what was asked for."""
         for layer in self.layers:
             for weight in layer.op.matrices:
-                for matrix in range(len(weight.slabs)):
-                    reader, offset, nbytes = self.find(weight, matrix)
+                for view in [view for matrix in range(len(weight.slabs)) for view in weight.views(matrix)]:
+                    reader, offset, nbytes = self.find(weight, view)
                     reader.forget(offset, nbytes)
 
     def begin(self) -> None:
@@ -222,17 +223,16 @@ class SlotExperts:
             for pool in self.pools.values():
                 pool.close()
 
-    def find(self, weight: Weight, matrix: int) -> tuple[FileReader, int, int]:
-        """Where a matrix lies: the file's reader, offset and size in bytes."""
-        slab = weight.slabs[matrix]
-        found = place(self._files, slab.ctypes.data, slab.size)
+    def find(self, weight: Weight, view: Bytes) -> Place:
+        """Where some bytes of a weight lie: the file's reader, offset and size."""
+        found = place(self._files, view.ctypes.data, view.size)
         if found is None:
             raise SettingError(
-                f"{weight.name}: its experts are not as the file has them but made when it is opened: "
-                "--lazy slots is not possible; mmap and off are"
+                f"{weight.name}: its experts are in memory, made when the model was opened: --lazy slots is not "
+                "possible; mmap and off are"
             )
         file, offset = found
-        return self._readers[file], offset, slab.size
+        return self._readers[file], offset, view.size
 
 
 class SlotLayer:
@@ -243,7 +243,8 @@ class SlotLayer:
         self.count, self.used = op.weights[0].shape[0], op.inputs[1].shape[1]
         self.size = Size.of(op)
         for weight in op.matrices:
-            store.find(weight, 0)
+            for view in weight.views(0):
+                store.find(weight, view)
         zeros = [np.zeros(self.count, np.int64) for _ in op.matrices]
         self._addresses: tuple[Addresses, Addresses, Addresses] = (zeros[0], zeros[1], zeros[2])
         self.first = index * store.width  # the key of its expert 0
@@ -340,12 +341,17 @@ class SlotLayer:
         if slot is None:
             return False
         key, room = self.first + expert, self.pool.place(slot)
-        pieces: deque[Piece] = deque()
+        pieces: deque[Piece | Making] = deque()
+        made: list[tuple[Weight, int, Bytes]] = []
         for weight, start in zip(self.op.matrices, self.size.starts, strict=True):
-            reader, offset, nbytes = self.store.find(weight, expert)
+            if isinstance(weight.slabs, MadeSlabs):
+                made.append((weight, expert, np.frombuffer(room, np.uint8, weight.slab_nbytes, start)))
+                continue
+            reader, offset, nbytes = self.store.find(weight, weight.slabs[expert])
             first, end = offset // BLOCK * BLOCK, -(-(offset + nbytes) // BLOCK) * BLOCK
             pieces.append(Piece(reader, first, room[start : start + end - first]))
-        nbytes = sum(len(piece.buffer) for piece in pieces)
+        pieces.extend(makings(made, self.store.find))
+        nbytes = sum(piece.nbytes for piece in pieces)
         load = Load(pieces, len(pieces), key, slot, ahead)
         self.pool.owner[slot] = key
         self.store.loading[key] = load
@@ -357,7 +363,9 @@ class SlotLayer:
         """The addresses of an expert that has been read."""
         expert, slot = load.key - self.first, self.pool.address + load.slot * self.pool.slot_nbytes
         for table, weight, start in zip(self._addresses, self.op.matrices, self.size.starts, strict=True):
-            table[expert] = slot + start + self.store.find(weight, expert)[1] % BLOCK
+            slabs = weight.slabs
+            inside = 0 if isinstance(slabs, MadeSlabs) else self.store.find(weight, slabs[expert])[1] % BLOCK
+            table[expert] = slot + start + inside
 
 
 def pools(ops: Sequence[Op], room: int) -> dict[Size, Pool]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import Weight
+from localmoe.formats import MadeSlabs, Weight
 from localmoe.loader.source import PlannedTensors, Source, listed, shown
 
 # Tensors that a family need not ask for: vision and audio towers, projectors, rope tables of the first converters.
@@ -105,14 +105,18 @@ def summary(skipped: list[str]) -> str:
 
 
 def stacked(name: str, matrices: list[Weight]) -> Weight:
-    """Matrices of one shape and format as one weight with a slab each; nothing is copied."""
+    """Matrices of one shape and format as one weight with a slab each; nothing is copied, or made."""
     first = matrices[0]
     for other in matrices:
         if (other.shape, other.format) != (first.shape, first.format):
             found = " and ".join(f"{shown(w.name)} ({w.format.name}, {w.shape})" for w in (first, other))
             raise UnsupportedError(f"{name}: experts of one layer must have one shape and format, found {found}")
     scales = tuple(s for m in matrices for s in m.scales)
-    return Weight(name, (len(matrices), *first.shape), first.format, tuple(m.slabs[0] for m in matrices), scales)
+    shape, made = (len(matrices), *first.shape), [m.slabs for m in matrices if isinstance(m.slabs, MadeSlabs)]
+    if len(made) == len(matrices):
+        slabs = MadeSlabs(len(made), first.slab_nbytes, lambda matrix: made[matrix].steps(0))
+        return Weight(name, shape, first.format, slabs)
+    return Weight(name, shape, first.format, tuple(m.slabs[0] for m in matrices), scales)
 
 
 def _longer_axes(shape: tuple[int, ...]) -> tuple[int, ...]:

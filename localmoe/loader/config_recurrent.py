@@ -87,7 +87,7 @@ def _taps(make: Callable[[], Weight]) -> Weight:
     weight = make()
     if len(weight.shape) != 3 or weight.shape[1] != 1:
         raise FileFormatError(f"tensor {shown(weight.name)} has shape {weight.shape}, expected (channels, 1, taps)")
-    return Weight(weight.name, weight.shape[::2], weight.format, (np.concatenate(weight.slabs),))
+    return Weight(weight.name, weight.shape[::2], weight.format, (np.concatenate([*weight.slabs]),))
 
 
 RECURRENT: dict[str, Family] = {

@@ -14,7 +14,7 @@ from localmoe.formats import Weight
 from localmoe.loader.checkpoint import stacked
 from localmoe.loader.files import by_address
 from localmoe.loader.huggingface_config import FAMILIES, config_keys, quantization_of, text_settings
-from localmoe.loader.quantised import Stored, joined
+from localmoe.loader.quantised import Integers, Stored, joined
 from localmoe.loader.safetensors import PACKED, Entry, read_json, read_shards
 from localmoe.loader.source import LazyWeights, Source, read_small_file, shown
 
@@ -156,7 +156,9 @@ def _add(makers: dict[str, Callable[[], Weight]], name: str, entry: Stored, make
 
 
 def _stack(name: str, entries: list[Stored]) -> Weight:
-    return stacked(name, [entry.weight(entry.name) for entry in entries])
+    first = entries[0].weight(entries[0].name)  # whose format the others have to have
+    others = (e.weight(e.name, first.format) if isinstance(e, Integers) else e.weight(e.name) for e in entries[1:])
+    return stacked(name, [first, *others])
 
 
 def _renaming(architecture: str, layers: int) -> Callable[[str], str]:

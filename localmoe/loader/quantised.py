@@ -1,13 +1,13 @@
 """Quantised matrices of safetensors folders, their parts brought together under one name; knows no architecture.
 
 8-bit floats stay where they are, with their scales as a second part: a copy would double a model of 671 GB. 4-bit
-numbers lie transposed or in an order that no kernel reads: they become GGML's blocks, each matrix when it is asked for.
+numbers lie transposed or in an order that no kernel reads: they become GGML's blocks, each matrix when it is used.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import F8_E4M3, FORMATS, Scales, Weight
+from localmoe.formats import F8_E4M3, FORMATS, Bytes, Format, MadeSlabs, Scales, Step, Weight
+from localmoe.loader.cuts import cuts, rows_of
 from localmoe.loader.quantization import WHOLE_ROW, Quantization
 from localmoe.loader.safetensors import READABLE, Entry
 from localmoe.loader.source import shown
@@ -28,6 +29,8 @@ ROUNDINGS = re.compile(
     r".*\.(input_scale|activation_scale|qscale_act|[qkv]_scale|input_global_scale|output_scale)"
     r"|.*_activation_scale|.*_fake_quantizer\..*"
 )
+Q4_0, Q4_1 = FORMATS["Q4_0"], FORMATS["Q4_1"]
+FLOATS = (*READABLE, "F8_E8M0")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each nibble in a word
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,7 +52,39 @@ class Quantised:
         return replace(self._made, name=name)
 
 
-Stored = Entry | Quantised
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A matrix of 4-bit numbers, whose parts become GGML's blocks band by band when it is asked for.
+
+    `parts` come with how many rows of the matrix (columns, where it is stored transposed) a stored row of theirs is
+    about, 0 where it is about all. `find` reads the zeros, which the format depends on.
+    """
+
+    name: str
+    path: Path
+    shape: tuple[int, int]
+    parts: Sequence[tuple[Entry, int]]
+    bands: Sequence[slice]
+    find: Callable[[], Format]
+    make: Callable[[Format, slice, Sequence[Bytes], Bytes], None]
+
+    def weight(self, name: str, format: Format | None = None) -> Weight:
+        """The matrix under GGUF's name, in the format that is found, or that of another expert of its layer."""
+        chosen = format or self.find()
+        nbytes = self.shape[0] * chosen.row_nbytes(self.shape[1])
+        return Weight(name, self.shape, chosen, MadeSlabs(1, nbytes, lambda _: self._steps(chosen)))
+
+    def _steps(self, format: Format) -> list[Step]:
+        return [Step(self._views(band), partial(self.make, format, band)) for band in self.bands]
+
+    def _views(self, band: slice) -> tuple[Bytes, ...]:
+        return tuple(
+            rows_of(entry.bytes, slice(band.start // per, -(-band.stop // per)), entry.shape[0]) if per else entry.bytes
+            for entry, per in self.parts
+        )
+
+
+Stored = Entry | Quantised | Integers
 
 
 def joined(entries: Mapping[str, Entry], quantization: Quantization | None) -> dict[str, Stored]:
@@ -100,7 +135,7 @@ def _float8(left: dict[str, Entry], name: str, quantization: Quantization) -> Qu
 
 def _scaled(entry: Entry, scales: Entry, tile: tuple[int, int] | None) -> Weight:
     """One scale a matrix, a row, or a tile of rows and columns; float32 ones stay where they are."""
-    values, shape = floats(scales), entry.shape
+    values, shape = floats(scales, array(scales, *FLOATS)), entry.shape
     if len(shape) != 2:
         raise UnsupportedError(f"{entry.path}: tensor {shown(entry.name)} has shape {shape}, possible are two axes")
     rows, columns = shape
@@ -118,91 +153,130 @@ def _scaled(entry: Entry, scales: Entry, tile: tuple[int, int] | None) -> Weight
     return replace(whole, format=F8_E4M3, scales=(Scales(values.reshape(grid), height, width),))
 
 
-def _words(left: dict[str, Entry], head: str, quantization: Quantization) -> Quantised:
+def _words(left: dict[str, Entry], head: str, how: Quantization) -> Integers:
     """GPTQ and AWQ, the matrix transposed: words of eight numbers that lie in one column (GPTQ) or one row (AWQ)."""
     qweight, qzeros, scales = (
         _part(left, f"{head}.{last}", f"{head}.qweight") for last in ("qweight", "qzeros", "scales")
     )
-    order = left.pop(f"{head}.g_idx", None)
-    make = partial(_from_words, qweight, qzeros, scales, order, quantization)
-    return Quantised(f"{head}.weight", qweight.path, make)
+    order, gptq = left.pop(f"{head}.g_idx", None), how.form == "gptq"
+    rows, columns = _unpacked_shape(qweight, axis=0 if gptq else 1)[::-1]
+    group = _group_of(how, columns, qweight)
+    require(scales, *FLOATS)
+    _check_grid(scales, scales.shape, (-(-columns // group), rows))
+    _check_grid(qzeros, _unpacked_shape(qzeros, axis=1), scales.shape)
+    if order:
+        require(order, "I32")
+        _check_grid(order, order.shape, (columns,))
 
-
-def _from_words(qweight: Entry, qzeros: Entry, scales: Entry, order: Entry | None, how: Quantization) -> Weight:
-    step, grid = floats(scales), array(scales).shape
-    numbers, zeros = _nibbles(qweight, axis=0 if how.form == "gptq" else 1), _nibbles(qzeros, axis=1)
-    if how.form == "awq":
-        numbers, zeros = (
-            x.reshape(len(x), -1, 8)[..., np.argsort(AWQ_ORDER)].reshape(x.shape) for x in (numbers, zeros)
+    def unpacked(words: Array, axis: int) -> Array:
+        numbers = _nibbles(words, axis)
+        return (
+            numbers if gptq else numbers.reshape(len(numbers), -1, 8)[..., np.argsort(AWQ_ORDER)].reshape(numbers.shape)
         )
-    columns, rows = numbers.shape
-    group = columns if how.group == WHOLE_ROW else min(how.group, columns)
-    _check_grid(scales, grid, (-(-columns // group), rows))
-    _check_grid(qzeros, zeros.shape, grid)
-    if order is not None and not np.array_equal(array(order, "I32"), np.arange(columns) // group):
-        raise UnsupportedError(
-            f"{order.path}: tensor {shown(order.name)} permutes columns (desc_act); possible is none"
-        )
-    return blocks(qweight.name, numbers.T, step.T, zeros.T + np.uint8(how.zero_added), group)
+
+    def zeros_of(words: Array) -> Array:
+        return unpacked(words, axis=1).T + np.uint8(how.zero_added)
+
+    def check_order(band: slice, found: Bytes) -> None:
+        if order and not np.array_equal(typed(found, order), np.arange(band.start, band.stop) // group):
+            raise UnsupportedError(
+                f"{order.path}: tensor {shown(order.name)} permutes columns (desc_act); possible is none"
+            )
+
+    def format() -> Format:
+        if order:
+            check_order(slice(0, columns), order.bytes)
+        return Q4_0 if (zeros_of(array(qzeros, "I32")) == 8).all() else Q4_1
+
+    def make(format: Format, band: slice, views: Sequence[Bytes], slab: Bytes) -> None:
+        words, zeros, step = (typed(data, entry) for data, (entry, _) in zip(views[:3], parts, strict=False))
+        check_order(band, views[-1])
+        numbers = unpacked(words, axis=0 if gptq else 1)
+        made = blocks(qweight.name, numbers.T, floats(scales, step).T, zeros_of(zeros), group, format)
+        slab.reshape(rows, columns // 32, -1)[:, band.start // 32 : band.stop // 32] = made
+
+    parts = [(qweight, 8 if gptq else 1), (qzeros, group), (scales, group), *([(order, 1)] if order else [])]
+    bands = cuts(columns, rows // 2, group)
+    return Integers(f"{head}.weight", qweight.path, (rows, columns), parts, bands, format, make)
 
 
-def _packed(left: dict[str, Entry], head: str, quantization: Quantization) -> Quantised:
+def _packed(left: dict[str, Entry], head: str, how: Quantization) -> Integers:
     """compressed-tensors: words of eight numbers of one row; zeros are packed along the rows."""
     packed, scales, shape = (
         _part(left, f"{head}.{last}", f"{head}.weight_packed")
         for last in ("weight_packed", "weight_scale", "weight_shape")
     )
-    zeros = None if quantization.symmetric else _part(left, f"{head}.weight_zero_point", packed.name)
-    return Quantised(f"{head}.weight", packed.path, partial(_from_packed, packed, scales, shape, zeros, quantization))
-
-
-def _from_packed(packed: Entry, scales: Entry, shape: Entry, zeros: Entry | None, how: Quantization) -> Weight:
-    numbers, step = _nibbles(packed, axis=1), floats(scales)
-    sizes = array(shape, "I64", "I32").tolist()
-    rows, columns = numbers.shape
-    if sizes != [rows, columns]:
-        found = f"{shape.path}: tensor {shown(shape.name)} says {sizes}"
-        raise FileFormatError(f"{found}, but {shown(packed.name)} holds {[rows, columns]}")
-    group = columns if how.group == WHOLE_ROW else min(how.group, columns)
-    _check_grid(scales, step.shape, (rows, -(-columns // group)))
-    stored = np.full(step.shape, 8, np.uint8) if zeros is None else _nibbles(zeros, axis=0)[:rows]
+    zeros = None if how.symmetric else _part(left, f"{head}.weight_zero_point", packed.name)
+    rows, columns = _unpacked_shape(packed, axis=1)
+    group = _group_of(how, columns, packed)
+    require(scales, *FLOATS)
+    require(shape, "I64", "I32")
+    _check_grid(shape, shape.shape, (2,))
+    _check_grid(scales, scales.shape, (rows, -(-columns // group)))
     if zeros is not None:
-        _check_grid(zeros, stored.shape, step.shape)
-    return blocks(packed.name, numbers, step, stored, group)
+        height, groups = _unpacked_shape(zeros, axis=0)
+        _check_grid(zeros, (rows if 0 <= height - rows < 8 else height, groups), scales.shape)
+
+    def format() -> Format:
+        return Q4_0 if zeros is None or (_nibbles(array(zeros, "I32"), 0)[:rows] == 8).all() else Q4_1
+
+    def make(format: Format, band: slice, views: Sequence[Bytes], slab: Bytes) -> None:
+        words, step, sizes = (typed(data, entry) for data, (entry, _) in zip(views[:3], parts, strict=False))
+        if sizes.tolist() != [rows, columns]:
+            found = f"{shape.path}: tensor {shown(shape.name)} says {sizes.tolist()}"
+            raise FileFormatError(f"{found}, but {shown(packed.name)} holds {[rows, columns]}")
+        zero = _nibbles(typed(views[-1], zeros), 0)[: len(words)] if zeros else np.full(step.shape, 8, np.uint8)
+        made = blocks(packed.name, _nibbles(words, axis=1), floats(scales, step), zero, group, format)
+        slab.reshape(rows, columns // 32, -1)[band] = made
+
+    parts = [(packed, 1), (scales, 1), (shape, 0), *([(zeros, 8)] if zeros else [])]
+    return Integers(f"{head}.weight", packed.path, (rows, columns), parts, cuts(rows, columns // 2, 8), format, make)
 
 
-def blocks(name: str, numbers: Array, scales: Array, zeros: Array, group: int) -> Weight:
-    """scale · (number - zero), numbers 0 to 15 (R, C), scales and zeros (R, groups), as GGML's blocks of 32.
+def _group_of(how: Quantization, columns: int, entry: Entry) -> int:
+    """Columns that share a scale. Raises UnsupportedError unless GGML's blocks of 32 have one each."""
+    group = columns if how.group == WHOLE_ROW else min(how.group, columns)
+    if columns % 32 or group % 32 or not columns:
+        found = f"tensor {shown(entry.name)} has rows of {columns} in groups of {group}"
+        raise UnsupportedError(f"{found}, possible are whole 32s")
+    return group
 
-    A zero of 8 everywhere gives Q4_0, exact but for scales that float16 does not hold; else Q4_1, whose minimum
-    -scale · zero is rounded to float16, by at most 1/137 of a step.
+
+def blocks(name: str, numbers: Array, scales: Array, zeros: Array, group: int, format: Format) -> Array:
+    """scale · (number - zero), numbers 0 to 15 (R, C), scales and zeros (R, groups), as GGML's blocks of 32:
+    (R, C / 32, bytes).
+
+    Q4_0 is for zeros of 8 everywhere, exact but for scales that float16 does not hold. The minimum of Q4_1,
+    -scale · zero, is rounded to float16, by at most 1/137 of a step.
     """
-    rows, columns = numbers.shape
-    if columns % 32 or group % 32:
-        raise UnsupportedError(
-            f"tensor {shown(name)} has rows of {columns} in groups of {group}, possible are whole 32s"
-        )
     half = scales.astype(np.float16)
     if not np.isfinite(half).all():
         raise FileFormatError(f"tensor {shown(name)}: a scale of {np.abs(scales).max()} is beyond float16")
-    parts = [half] if (zeros == 8).all() else [half, (-scales * zeros).astype(np.float16)]
+    if format is Q4_0 and not (zeros == 8).all():
+        raise UnsupportedError(f"tensor {shown(name)} has other zeros than 8, unlike the first expert of its layer")
+    rows, columns = numbers.shape
+    parts = [half] if format is Q4_0 else [half, (-scales * zeros).astype(np.float16)]
     per_block = [np.repeat(p, group // 32, axis=1)[:, : columns // 32, None].view(np.uint8) for p in parts]
     low, high = np.moveaxis(numbers.reshape(rows, -1, 2, 16), 2, 0)
-    made = np.ascontiguousarray(np.concatenate([*per_block, low | (high << 4)], axis=2))
-    format = FORMATS["Q4_0" if len(parts) == 1 else "Q4_1"]
-    return Weight(name, (rows, columns), format, (made.reshape(-1),))
+    return np.concatenate([*per_block, low | (high << 4)], axis=2)
 
 
-def _nibbles(entry: Entry, axis: int) -> Array:
-    """Eight numbers of each 32-bit word, the lowest first, side by side along `axis`."""
-    words = array(entry, "I32")
-    if words.ndim != 2:
+def _unpacked_shape(entry: Entry, axis: int) -> tuple[int, int]:
+    """Of the numbers in 32-bit words, eight each, side by side along `axis`."""
+    require(entry, "I32")
+    if len(entry.shape) != 2 or 0 in entry.shape:
         raise FileFormatError(f"{entry.path}: tensor {shown(entry.name)} has shape {entry.shape}, expected two axes")
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    each = ((words.view(np.uint32)[..., None] >> shifts) & 15).astype(np.uint8)  # (a, b, 8)
-    if axis == 0:
-        each = each.transpose(0, 2, 1)
-    return np.ascontiguousarray(each.reshape(-1, words.shape[1]) if axis == 0 else each.reshape(len(words), -1))
+    height, width = entry.shape
+    return (8 * height, width) if axis == 0 else (height, 8 * width)
+
+
+def _nibbles(words: Array, axis: int) -> Array:
+    """Eight numbers of each 32-bit word, the lowest first, side by side along `axis`."""
+    height, width = words.shape
+    found = np.empty((height, 8, width) if axis == 0 else (height, width, 8), np.uint8)
+    for i, place in enumerate(np.moveaxis(found, 1 if axis == 0 else 2, 0)):
+        place[:] = (words.view(np.uint32) >> np.uint32(4 * i)) & np.uint32(15)
+    return found.reshape((-1, width) if axis == 0 else (height, -1))
 
 
 def _check_grid(entry: Entry, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -211,26 +285,31 @@ def _check_grid(entry: Entry, found: tuple[int, ...], expected: tuple[int, ...])
         raise FileFormatError(f"{where} has {found} numbers, expected {expected} for the groups of its matrix")
 
 
+KINDS = {
+    "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F8_E8M0": np.uint8, "I32": np.int32, "I64": np.int64,
+}  # fmt: skip
+
+
 def array(entry: Entry, *dtypes: str) -> Array:
-    """The tensor as numpy has it, a view of the file. Raises FileFormatError for another dtype, or not two axes."""
-    kinds = {
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": np.uint16,
-        "F8_E8M0": np.uint8,
-        "I32": np.int32,
-        "I64": np.int64,
-    }
-    if entry.dtype not in (dtypes or kinds):
-        expected = " or ".join(dtypes or kinds)
+    """The tensor as numpy has it, a view of the file. Raises FileFormatError for another dtype."""
+    require(entry, *dtypes)
+    return typed(entry.bytes, entry)
+
+
+def require(entry: Entry, *dtypes: str) -> None:
+    """Raises FileFormatError for another dtype."""
+    if entry.dtype not in dtypes:
+        expected = " or ".join(dtypes)
         raise FileFormatError(f"{entry.path}: tensor {shown(entry.name)} has dtype {entry.dtype}, expected {expected}")
-    piece = np.frombuffer(entry.data, np.uint8, entry.stop - entry.start, entry.start)
-    return piece.view(kinds[entry.dtype]).reshape(entry.shape)
 
 
-def floats(entry: Entry) -> Array:
-    """The tensor as float32; a view where it is stored so."""
-    found = array(entry, *READABLE, "F8_E8M0")
+def typed(data: Bytes, entry: Entry) -> Array:
+    """Whole rows of the tensor as numpy has them."""
+    return data.view(KINDS[entry.dtype]).reshape(-1, *entry.shape[1:])
+
+
+def floats(entry: Entry, found: Array) -> Array:
+    """Rows of the tensor as float32; a view where they are stored so."""
     if entry.dtype == "BF16":
         return (found.astype(np.uint32) << 16).view(np.float32)
     if entry.dtype == "F8_E8M0":  # powers of two alone

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import F8_E4M3, FORMATS, Format, Weight
+from localmoe.formats import F8_E4M3, FORMATS, Bytes, Format, Weight
 from localmoe.loader.files import MappedFile
 from localmoe.loader.source import map_file, read_small_file, shown
 
@@ -50,6 +50,11 @@ class Entry:
         return self.file.data
 
     @property
+    def bytes(self) -> Bytes:
+        """A view of the mapping."""
+        return np.frombuffer(self.data, np.uint8, self.stop - self.start, self.start)
+
+    @property
     def format(self) -> Format:
         return F8_E4M3 if self.dtype == "F8_E4M3" else FORMATS[PACKED.get(self.dtype, self.dtype)]
 
@@ -61,8 +66,7 @@ class Entry:
 
     def weight(self, name: str) -> Weight:
         """The tensor under GGUF's name, as views of the mapping."""
-        piece = np.frombuffer(self.data, np.uint8, self.stop - self.start, self.start)
-        return Weight.whole(name, self.shape or (1,), self.format, piece)
+        return Weight.whole(name, self.shape or (1,), self.format, self.bytes)
 
 
 def read_safetensors(path: Path) -> dict[str, Entry]:

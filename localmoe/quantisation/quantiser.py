@@ -29,7 +29,7 @@ from localmoe.loader.source import shown
 PIECE = 1 << 17  # weights that a thread encodes at a time, whole rows: they and their float32 stay in its cache
 _DECODED = frozenset({"F16", "BF16", *dequantise.BLOCKS}.difference(SCALED))
 _ENCODED = frozenset(quantise.NAMES)
-Piece = tuple[int, int, int]  # matrix of a weight, its first row, and the row behind the last
+Piece = tuple[int, int, int, Bytes]  # matrix of a weight, its first row, the row behind the last, and all its bytes
 Decode = Callable[[Weight, Piece], Floats]
 Encode = Callable[[Floats], Bytes]
 
@@ -77,8 +77,8 @@ class Quantiser:
 
         rows = max(1, PIECE // weight.columns)
         work = (
-            (matrix, start, min(start + rows, weight.rows))
-            for matrix in range(len(weight.slabs))
+            (matrix, start, min(start + rows, weight.rows), slab)
+            for matrix, slab in enumerate(weight.slabs)
             for start in range(0, weight.rows, rows)
         )
         for done in self._in_order(encoded, work):
@@ -103,9 +103,9 @@ class Quantiser:
         kernel = self._kernel(f"dequantise_{format.name.lower()}", 6)
 
         def decode(weight: Weight, piece: Piece) -> Floats:
-            matrix, start, stop = piece
-            values, place = np.empty((stop - start, weight.columns), np.float32), weight.slabs[matrix].ctypes.data
-            kernel(place, weight.row_nbytes, start, 0, values.ctypes.data, values.size)
+            _, start, stop, slab = piece
+            values = np.empty((stop - start, weight.columns), np.float32)
+            kernel(slab.ctypes.data, weight.row_nbytes, start, 0, values.ctypes.data, values.size)
             return values
 
         return decode

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import FileFormatError, UnsupportedError
-from localmoe.formats import F32, Format, Weight
+from localmoe.formats import F32, Format, MadeSlabs, Weight
 from localmoe.kernels.reference_weights import values
 from localmoe.loader.source import shown
 
@@ -25,7 +25,7 @@ def from_array(name: str, array: npt.NDArray[Any]) -> Weight:
 
 def is_planned(weight: Weight) -> bool:
     """Whether it has a size and no memory behind it."""
-    return weight.slabs[0].strides == (0,)
+    return not isinstance(weight.slabs, MadeSlabs) and weight.slabs[0].strides == (0,)
 
 
 def without_bytes(name: str, shape: tuple[int, ...], format: Format) -> Weight:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from localmoe.formats import SCALED, Weight
+from localmoe.formats import SCALED, MadeSlabs, Weight
 from localmoe.kernels.cpu import (
     activation,
     attention,
@@ -203,9 +203,13 @@ class Lowering:
         return float(values(weight)[0])
 
     def address(self, weight: Weight, matrix: int = 0) -> int:
-        """The address of a matrix of a weight, straight in the mapped file; that of a record where it is scaled."""
+        """The address of a matrix of a weight, straight in the mapped file unless it is made; that of a record where it
+        is scaled."""
         if weight.format.name not in SCALED:
-            return int(weight.slabs[matrix].ctypes.data)
+            slab = weight.slabs[matrix]
+            if isinstance(weight.slabs, MadeSlabs):
+                self.kept.append(slab)
+            return slab.ctypes.data
         numbers, values = scaled.record(weight, matrix)
         self.kept.append(values)
         return self.table(numbers)
