@@ -38,6 +38,7 @@ import localmoe.loader.cuts
 from localmoe.errors import SettingError, UnsupportedError
 from localmoe.experts.loading import Loading
 from localmoe.experts.making import Making, Spare, makings
+from localmoe.experts.pieces import pieces
 from localmoe.experts.reading import BLOCK
 from localmoe.formats import Bytes, MadeSlabs, Step
 from localmoe.inspection import report
@@ -322,3 +323,11 @@ def test_what_is_made_fits_the_weight_and_is_made_once_for_all_who_hold_it(made_
             assert held is weight.slabs[0]
             assert held.size * len(weight.slabs) == weight.nbytes
             assert weight.nbytes * weight.format.elements == weight.elements * weight.format.nbytes
+
+
+def test_a_disk_is_probed_by_what_is_read_most(made_folder: Path) -> None:
+    source = open_folder(made_folder)
+    weights = [w for w in source.tensors.values() if isinstance(w.slabs, MadeSlabs) and len(w.shape) == 3]
+    found = pieces(weights, source.files)
+    assert len(found) == sum(len(weight.slabs) for weight in weights)
+    assert min(piece.nbytes for piece in found) >= 0.4 * min(weight.slab_nbytes for weight in weights)

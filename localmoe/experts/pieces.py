@@ -84,4 +84,5 @@ def _owned(path: Path) -> bool:
 def _some_slabs(weights: Iterable[Weight]) -> list[Bytes]:
     matrices = [(weight, matrix) for weight in weights for matrix in range(len(weight.slabs))]
     some = random.sample(matrices, min(MOST, len(matrices)))
-    return [view for weight, matrix in some for view in weight.views(matrix) if view.strides == (1,)]
+    largest = (max(weight.views(matrix), key=len) for weight, matrix in some)  # small parts are read beside them
+    return [view for view in largest if view.strides == (1,)]
