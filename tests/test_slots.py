@@ -422,3 +422,12 @@ def test_a_trace_tells_what_was_chosen_in_slots_and_in_mmap(quantised: Path, tmp
             np.add.at(counted[choice.layer], choice.ids.ravel(), 1)
         assert (counted == uses).all()
     assert found[0] == found[1] != []
+
+
+def test_every_expert_of_a_prompt_is_read_once_at_most(quantised: Path) -> None:
+    """One that has come must not make room for another before it was multiplied."""
+    for share in (0.0, 0.2, 0.5):
+        with closing(opened(quantised, "slots", share=share, learned=False)) as model:
+            model.forward(IDS, 0, prompt=True)
+            counts, one = model.counts(), slots_of(model).layers[0].size.nbytes
+        assert counts.nbytes_read <= (counts.chosen - counts.hits) * one

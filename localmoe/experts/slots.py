@@ -294,13 +294,12 @@ class SlotLayer:
         """The first of the missing experts to be there, held; all that are by now."""
         store, first = self.store, self.first
         while True:
-            self._ask(missing)
             store.collect()
             store.raise_error([first + e for e in missing])
             arrived = np.asarray([e for e in missing if store.ready[self.index, e]], np.int32)
+            store.held[self.index][arrived] = True  # before others are asked for, who would take their slots
+            self._ask([e for e in missing if not store.held[self.index, e]])
             if arrived.size:
-                store.held[self.index][arrived] = True
-                self._ask([e for e in missing if not store.held[self.index, e]])
                 return arrived
             store.wait()
 
