@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from time import perf_counter
 
 import numpy as np
@@ -29,6 +29,7 @@ from localmoe.loader.files import MappedFile, by_address, place
 
 THREADS = 4  # readers: two reads in flight nearly saturate a disk, and a thread that computes is in the way of one
 IN_FLIGHT = 8  # experts of a prompt's chunk that are read while others are multiplied
+ONCE = np.ones(1, np.int64)  # by one token
 NOBODY = np.empty(0, np.int32)
 
 
@@ -63,7 +64,7 @@ class SlotExperts:
         """Raises SettingError where there is too little room for one token's experts of a layer, or where weights are
         not as the files have them."""
         self.lookahead, self.policy, self.history, self.trace = lookahead, policy, history, trace
-        self.counts = Counts()
+        self._counted: dict[str, float] = dict.fromkeys((field.name for field in fields(Counts)), 0)
         self._files = by_address(files)
         # All of them now: a file whose name another one has later can be read on, but not be opened.
         self._readers = {file: FileReader(file, direct) for file in self._files}
@@ -80,6 +81,10 @@ class SlotExperts:
 
     def layer(self, op: Op) -> SlotLayer:
         return self._by_weight[id(op.weights[0])]
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(**self._counted)  # type: ignore[arg-type]  # whole numbers but for the seconds
 
     @property
     def room_nbytes(self) -> int:
@@ -166,10 +171,11 @@ class SlotExperts:
         start = perf_counter()
         if load := self.team.wait():
             self._take(load)
-        self.counts = replace(self.counts, waited_seconds=self.counts.waited_seconds + perf_counter() - start)
+        self.count(waited_seconds=perf_counter() - start)
 
     def count(self, **more: float) -> None:
-        self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in more.items()})
+        for name, n in more.items():
+            self._counted[name] += n
 
     def shrink(self, share: float) -> None:
         """Give back so much of every pool's memory, the least useful experts first; loads that are running stay."""
@@ -261,7 +267,7 @@ class SlotLayer:
         if self.index == 0:
             store.begin()
         store.collect()
-        experts, counts = np.unique(ids, return_counts=True)
+        experts, counts = (ids[0].copy(), ONCE) if len(ids) == 1 else np.unique(ids, return_counts=True)
         store.history.used(self.index, experts, counts)
         if store.trace:
             store.trace.chose(store.history.clock, self.index, ids)
