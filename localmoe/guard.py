@@ -18,9 +18,12 @@ import weakref
 from collections.abc import Sequence
 from functools import cache
 from threading import Lock
+from typing import TYPE_CHECKING
 
-import llvmlite.binding as llvm
 import numpy as np
+
+if TYPE_CHECKING:
+    import llvmlite.binding as llvm
 
 STRETCHES = 1024  # that can be guarded at a time; those beyond are not
 SLOTS = 4  # of the table for each, see `Row`
@@ -139,6 +142,8 @@ class BusErrors:
 
     def _compiled(self) -> llvm.ExecutionEngine:
         addresses = {name: ctypes.cast(self._libc[name], ctypes.c_void_p).value for name in ("mmap", "sigaction")}
+        import llvmlite.binding as llvm  # headers alone are read without it
+
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         text = HANDLER.format(

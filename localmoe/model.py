@@ -16,11 +16,9 @@ import numpy.typing as npt
 from localmoe.errors import DeviceError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.residence import Residence, expert_ops, make, read_all, settle, trace_of
+from localmoe.experts.residence import Residence, expert_ops, looked_up, make, read_all, settle, trace_of
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
-from localmoe.experts.trace import TraceWriter
-from localmoe.experts.usage import Usage
 from localmoe.formats import Bytes
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.program import Floats, Progress, Watcher
@@ -29,12 +27,14 @@ from localmoe.loader.locate import open_source
 from localmoe.loader.soundness import Soundness
 from localmoe.memory import available_nbytes, readable_size, resident
 from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
-from localmoe.pages import let_go
+from localmoe.pages import let_go, read_by_rows
 from localmoe.prefault import Prefault
 from localmoe.settings import recommended
 from localmoe.template import Template, reasoning_markers
 
 if TYPE_CHECKING:
+    from localmoe.experts.trace import TraceWriter
+    from localmoe.experts.usage import Usage
     from localmoe.tokenizer import Tokenizer
 
 SCORE_CHUNK, SCORE_NBYTES = 64, 1 << 27  # all logits of a scoring step are kept: at least 64 rows, at most 128 MB
@@ -76,7 +76,7 @@ class Model:
         self.context = self._fitting_context(context, kv_format)
         self.kv_format = kv_format
         self.chunk = min(CHUNK, self.context)
-        self._kv_format, self._progress = kv_format, progress
+        self._progress = progress
         self.device: Device = open_device(
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
@@ -158,6 +158,7 @@ class Model:
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
         weights = self.network.weights_by_use(experts=found.mode != "slots") if ahead else ()
         self._prefault = Prefault(weights, tidy=found.tidy)
+        read_by_rows(looked_up(self.network.program(1)), by_rows=found.mode == "slots")
         if before:
             before.close()
         found.preload()
@@ -167,7 +168,7 @@ class Model:
         sizes, own = Sizes.of(self.network.tensors, program), resident().anonymous if self._residence else 0
 
         def needed() -> int:
-            return self.network.needed(self.context, self._kv_format).resident
+            return self.network.needed(self.context, self.kv_format).resident
 
         return settle(loading, self.source, program, sizes, needed, lambda: self._history, trace, own)
 
@@ -198,7 +199,7 @@ class Model:
     @property
     def expert_blocks(self) -> list[int]:
         """The blocks that have experts, by the numbers of their tensors: the rows of `uses`."""
-        ops = [op for op in self.network.program(1).ops if op.name == "experts"]
+        ops = expert_ops(self.network.program(1))
         return [int(op.weights[0].name.split(".")[1]) for op in ops]
 
     def uses(self) -> npt.NDArray[np.int64] | None:
@@ -217,6 +218,8 @@ class Model:
 
     @cached_property
     def _usage(self) -> Usage:
+        from localmoe.experts.usage import Usage
+
         ops = expert_ops(self.network.program(1))
         return Usage(self.source, len(ops), max(op.weights[0].shape[0] for op in ops))
 

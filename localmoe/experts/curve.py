@@ -99,7 +99,6 @@ def save_curve(header: Header, results: Sequence[Result], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    marks = [100 * nbytes / experts_nbytes(header) for nbytes in sizes(results)]
     for name in policies(results):
         points = [(r.nbytes, 100 * r.counts.hit_rate) for r in results if r.policy == name]
         style = {"color": "grey", "linestyle": "--"} if name == BOUND else {"marker": "o"}

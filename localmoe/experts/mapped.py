@@ -3,10 +3,7 @@ touched, and choices are counted; see `residency.py`."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +11,11 @@ import numpy as np
 from localmoe.experts.history import History
 from localmoe.experts.telemetry import Counts
 from localmoe.experts.trace import TraceWriter
-from localmoe.formats import Weight
 from localmoe.kernels.program import Op
 from localmoe.kernels.residency import Addresses, Ids
+from localmoe.pages import WILL_NEED, advising
 
-NORMAL, RANDOM, WILL_NEED = 0, 1, 3  # of madvise on Linux and macOS: as ever; nothing ahead; read, without waiting
 AT_ONCE = 16  # experts of a prompt's chunk that are asked for while as many are multiplied
-Advise = Callable[[int, int], None]  # address, bytes
 
 
 class MappedExperts:
@@ -30,7 +25,7 @@ class MappedExperts:
 
     def __init__(self, ops: Sequence[Op], history: History, *, advise: bool, trace: TraceWriter | None = None) -> None:
         self.history, self.trace, self.counts = history, trace, Counts()
-        self.advise = will_need() if advise else None
+        self.advise = advising(WILL_NEED) if advise else None
         self._layers = {id(op.weights[0]): MappedLayer(self, i, op) for i, op in enumerate(ops)}
 
     def count(self, *, seconds: float) -> None:
@@ -80,27 +75,3 @@ class MappedLayer:
         for weight, table in zip(self.op.matrices, self._addresses, strict=True):
             for expert in experts:
                 self.store.advise(int(table[expert]), weight.slab_nbytes)
-
-
-def will_need() -> Advise | None:
-    """A call that has the system read a piece of mapped memory; None where it has none."""
-    return _advising(WILL_NEED)
-
-
-def read_by_rows(weights: Sequence[Weight], *, by_rows: bool) -> None:
-    """Whether nothing is to be read ahead in these weights, of which a token wants a row."""
-    if advise := _advising(RANDOM if by_rows else NORMAL):
-        for slab in [slab for weight in weights for slab in weight.slabs]:
-            advise(slab.ctypes.data, slab.size)
-
-
-def _advising(advice: int) -> Advise | None:
-    if sys.platform not in ("linux", "darwin"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-
-    def advise(address: int, nbytes: int) -> None:
-        first = address & -mmap.PAGESIZE
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + nbytes - first), advice)
-
-    return advise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,20 +14,18 @@ from localmoe.errors import SettingError
 from localmoe.experts.choice import choose
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.making import spare_nbytes
-from localmoe.experts.mapped import MappedExperts, read_by_rows
-from localmoe.experts.pieces import pieces
-from localmoe.experts.policies import policy_of
-from localmoe.experts.pressure import Pressure
-from localmoe.experts.probe import probe
 from localmoe.experts.sizes import Sizes
-from localmoe.experts.slots import THREADS, SlotExperts, least_room
 from localmoe.experts.telemetry import Counts, Room
-from localmoe.experts.trace import Header, TraceWriter
 from localmoe.formats import Bytes, MadeSlabs, Weight
 from localmoe.kernels.program import Op, Program, Progress
 from localmoe.loader.source import Source
 from localmoe.memory import available_nbytes, readable_size
+
+if TYPE_CHECKING:  # what only some modes need is imported when one is taken up
+    from localmoe.experts.mapped import MappedExperts
+    from localmoe.experts.pressure import Pressure
+    from localmoe.experts.slots import SlotExperts
+    from localmoe.experts.trace import TraceWriter
 
 SMALL = 2  # times the weights: what fits so often needs no reckoning
 ROUNDING = 1.005  # so that a size that is named as enough is, once it is rounded to three places
@@ -43,18 +42,24 @@ class Residence:
     sizes: Sizes
     budget: int
     beside: int
-    experts: SlotExperts | MappedExperts | None = None
+    slots: SlotExperts | None = None
+    mapped: MappedExperts | None = None
     pressure: Pressure | None = None
+
+    @property
+    def experts(self) -> SlotExperts | MappedExperts | None:
+        """Who is asked behind each router; None where nobody is."""
+        return self.slots or self.mapped
 
     def preload(self) -> None:
         """Begin to read what earlier sessions used most."""
-        if isinstance(self.experts, SlotExperts):
-            self.experts.preload()
+        if self.slots:
+            self.slots.preload()
 
     @property
     def tidy(self) -> Callable[[], None] | None:
         """What keeps the page cache free of experts, where they have slots."""
-        return self.experts.leave_page_cache if isinstance(self.experts, SlotExperts) else None
+        return self.slots.leave_page_cache if self.slots else None
 
     def step(self, seconds: float) -> None:
         """Behind each step: it took so long."""
@@ -75,15 +80,15 @@ class Residence:
         return self.experts.trace.problem if self.experts and self.experts.trace else ""
 
     def room(self) -> Room | None:
-        if not isinstance(self.experts, SlotExperts):
+        if not self.slots:
             return None
-        held, room = self.experts.held_nbytes, self.experts.room_nbytes
+        held, room = self.slots.held_nbytes, self.slots.room_nbytes
         return Room(self.sizes.experts, room, held, self.budget, self.sizes.dense, self.beside)
 
     def close(self) -> None:
         """Whoever gave a trace goes on with it, or closes it."""
-        if isinstance(self.experts, SlotExperts):
-            self.experts.close()
+        if self.slots:
+            self.slots.close()
 
 
 def settle(
@@ -105,36 +110,70 @@ def settle(
     ops = expert_ops(program)
     budget = loading.memory or int(SHARE * (available_nbytes() + max(own, _made_nbytes(ops))))
     small = SMALL * sizes.weights < budget and loading.mode != "slots"
-    beside = 0 if small else needed()  # which takes a moment, and small models should start at once
-    beside += 0 if small else spare_nbytes((w for op in ops for w in op.matrices), THREADS)
-    mode, why, disk = loading.mode, "as asked", None
+    # Which takes a moment, and small models should start at once.
+    beside = 0 if small else needed() + _spare_nbytes(ops)
+    mode, why, direct = loading.mode, "as asked", True
     if mode == "auto":
         choice = choose(sizes, beside, budget, promised=loading.memory is not None)
-        if choice.mode == "slots" and (disk := probe(pieces((w for op in ops for w in op.matrices), source.files))):
-            choice = replace(choice, why=f"{choice.why}; disk {readable_size(disk.best.nbytes_per_second)}/s")
         mode, why = choice.mode, choice.why
+        if mode == "slots":
+            direct, found = _probed(source, ops)
+            why += found
     _require_memory(source, made_weights(program, mode))
     fits = sizes.weights + beside <= budget
     how = (mode, why, fits, sizes, budget, beside)
-    read_by_rows(looked_up(program), by_rows=mode == "slots")
     if mode == "slots":
         if not ops:
             raise SettingError(f"{source.path}: the model has no experts to keep in slots; --lazy mmap and off will do")
         room = room_for_experts(loading, source, ops, sizes, budget, beside)
-        store = SlotExperts(
-            ops,
-            source.files,
-            room,
-            policy_of(loading.policy),
-            known(),
-            direct=disk is None or disk.way == "direct",
-            lookahead=loading.lookahead,
-            trace=trace,
-        )
-        return Residence(*how, store, Pressure(store))
+        store = _slots(loading, source, ops, room, known(), direct, trace)
+        return Residence(*how, slots=store, pressure=_pressure(store))
     if ops and (trace or not fits):
-        return Residence(*how, MappedExperts(ops, known(), advise=not fits, trace=trace))
+        from localmoe.experts.mapped import MappedExperts
+
+        return Residence(*how, mapped=MappedExperts(ops, known(), advise=not fits, trace=trace))
     return Residence(*how)
+
+
+def _spare_nbytes(ops: Sequence[Op]) -> int:
+    """What readers need to make experts that no file has as they are."""
+    from localmoe.experts.making import spare_nbytes
+    from localmoe.experts.slots import THREADS
+
+    return spare_nbytes((weight for op in ops for weight in op.matrices), THREADS)
+
+
+def _probed(source: Source, ops: Sequence[Op]) -> tuple[bool, str]:
+    """Whether experts are best read past the page cache, and the disk's speed in words."""
+    from localmoe.experts.pieces import pieces
+    from localmoe.experts.probe import probe
+
+    disk = probe(pieces((weight for op in ops for weight in op.matrices), source.files))
+    if disk is None:
+        return True, ""
+    return disk.way == "direct", f"; disk {readable_size(disk.best.nbytes_per_second)}/s"
+
+
+def _slots(
+    loading: Loading,
+    source: Source,
+    ops: Sequence[Op],
+    room: int,
+    history: History,
+    direct: bool,
+    trace: TraceWriter | None,
+) -> SlotExperts:
+    from localmoe.experts.policies import policy_of
+    from localmoe.experts.slots import SlotExperts
+
+    how = {"direct": direct, "lookahead": loading.lookahead}
+    return SlotExperts(ops, source.files, room, policy_of(loading.policy), history, trace=trace, **how)
+
+
+def _pressure(store: SlotExperts) -> Pressure:
+    from localmoe.experts.pressure import Pressure
+
+    return Pressure(store)
 
 
 def make(program: Program, residence: Residence, progress: Progress | None) -> list[Bytes]:
@@ -177,6 +216,8 @@ def room_for_experts(
     loading: Loading, source: Source, ops: Sequence[Op], sizes: Sizes, budget: int, beside: int
 ) -> int:
     """Bytes for slots within the budget. Raises SettingError where they are too few."""
+    from localmoe.experts.slots import least_room
+
     fixed, least = sizes.stays + beside, least_room(ops)
     room = min(budget - fixed, loading.expert_cache or budget)
     if room >= least:
@@ -197,6 +238,8 @@ def trace_of(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter
     """None where none is asked for, or nothing is to be written."""
     if loading.trace is None or not ops:
         return None
+    from localmoe.experts.trace import Header, TraceWriter
+
     first = ops[0]
     nbytes = tuple(sum(weight.nbytes // weight.shape[0] for weight in op.matrices) for op in ops)
     name = str(source.metadata.get("general.name") or source.path.stem)

@@ -199,9 +199,8 @@ class CpuPlan:
             entries = np.flatnonzero(owners == i)
             pause = pauses.get(id(op.inputs[1])) if op.name == "experts" else None
             if pause and not self._all_there(pause, tokens.size):
-                self._waves(
-                    pause, int(entries[0]), tokens.size
-                )  # what stands before has run, some of it over its input
+                # Not from the router on: what stands before has run, some of it over its input.
+                self._waves(pause, int(entries[0]), tokens.size)
                 entries = entries[entries >= pause.last]
             for entry in entries:
                 self.run_entry(int(entry))
