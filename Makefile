@@ -35,8 +35,8 @@ setup: .venv/ready ## make .venv with everything that chat and test use
 chat: setup ## talk to the bundled model, or to MODEL=path; further flags in ARGS
 	@$(BIN)/localmoe chat $(if $(MODEL),"$(MODEL)") $(ARGS)
 
-test: setup ## the tests, without the long ones
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: setup ## the tests, without the long ones; ARGS="-n 0" runs them one by one
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup ## ruff, mypy, docs/cli.md and docs/models.md up to date
 	@$(BIN)/ruff check -q

@@ -1,25 +1,27 @@
 """How near attention comes to the machine's limits: decode beside plain reads of memory, prefill beside multiply-adds.
 
     python bench/attention.py [--threads 2] [--rounds 5] [--shape dense1b olmoe mla] [--decode 2048 8192 32768]
-        [--prefill 0 2048 8192] [--kv f32|f16|q8_0]
+        [--prefill 0 2048 8192] [--kv f16 q8_0 q4_0]
 
 Decode takes as many layers as make 128 MB of cache, so that no layer is still in the processor's caches when its turn
-comes again; limits and attention are measured in turns, and medians count.
+comes again; limits and attention are measured in turns, and medians count, also of the ratios to the first format.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from localmoe.formats import FORMATS, KV_FORMATS, Bytes, Weight
 from localmoe.kernels.cpu.device import CpuDevice, CpuPlan
-from localmoe.kernels.cpu.limits import READ_NBYTES, Limits
+from localmoe.kernels.cpu.limits import READ_NBYTES, Limits, Rates
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Tensor
 
@@ -56,32 +58,64 @@ def planned(device: CpuDevice, shape: str, tokens: int, layers: int) -> CpuPlan:
     return device.compile(program)
 
 
-def measure(shape: str, tokens: int, depth: int, flags: argparse.Namespace, data: Bytes) -> str:
-    """A line about steps of `tokens` tokens behind `depth` cached ones."""
-    heads, kv_heads, width, value_width = SHAPES[shape]
-    device = CpuDevice(depth + tokens, flags.kv, flags.threads)
-    seen = tokens * depth + tokens * (tokens + 1) // 2
-    row_nbytes = device.kv.row_nbytes(kv_heads * (width + value_width))
-    layers = max(1, CACHE_NBYTES // (seen * row_nbytes)) if tokens == 1 else 1
+@dataclass
+class Measured:
+    """Attention over a cache of one format, and the seconds of its rounds."""
+
+    device: CpuDevice
+    tape: npt.NDArray[np.int64]
+    layers: int
+    kept: CpuPlan
+    seconds: list[float] = field(default_factory=list)
+
+    def line(self, shape: str, tokens: int, seen: int, rates: list[Rates], first: Measured) -> str:
+        heads, _, width, value_width = SHAPES[shape]
+        operations = 2 * self.layers * seen * heads * (width + (value_width or PREFIX))
+        flops = median(operations / s for s in self.seconds)
+        of_flops = median(operations / s / r.float_ops for s, r in zip(self.seconds, rates, strict=True))
+        text = f"{1e6 * median(self.seconds) / self.layers:9.0f} us a layer, {flops / 1e9:4.0f} GFLOP/s, "
+        text += f"{100 * of_flops:3.0f} %"
+        if tokens == 1:
+            nbytes = self.layers * seen * row_nbytes(shape, self.device)
+            of_read = median(nbytes / s / r.read for s, r in zip(self.seconds, rates, strict=True))
+            text += f"; {median(nbytes / s for s in self.seconds) / 1e9:5.1f} GB/s, {100 * of_read:3.0f} %"
+        if self is not first:
+            pairs = zip(first.seconds, self.seconds, strict=True)
+            faster = median(a / first.layers / (b / self.layers) for a, b in pairs)
+            text += f"; {faster:.2f} times as fast as {first.device.kv.name}"
+        return text
+
+
+def row_nbytes(shape: str, device: CpuDevice) -> int:
+    """Bytes of a position in one layer's cache."""
+    _, kv_heads, width, value_width = SHAPES[shape]
+    return device.kv.row_nbytes(kv_heads * (width + value_width))
+
+
+def prepared(shape: str, tokens: int, depth: int, kv: str, threads: int) -> Measured:
+    device = CpuDevice(depth + tokens, kv, threads)
+    layers = max(1, CACHE_NBYTES // ((depth + 1) * row_nbytes(shape, device))) if tokens == 1 else 1
     plan = planned(device, shape, tokens, layers)
     plan.run(np.arange(tokens, dtype=np.int32) % 4, depth)
     tape = np.ascontiguousarray(plan._tape[[name.startswith("attention") for name in plan.entries()]])
-    limits, seconds, rates = Limits(device, data), [], []
+    return Measured(device, tape, layers, plan)
+
+
+def measure(shape: str, tokens: int, depth: int, flags: argparse.Namespace, data: Bytes) -> list[str]:
+    """A line for each format about steps of `tokens` tokens behind `depth` cached ones, in turns."""
+    seen = tokens * depth + tokens * (tokens + 1) // 2
+    all_formats = [prepared(shape, tokens, depth, kv, flags.threads) for kv in flags.kv]
+    limits, rates = Limits(all_formats[0].device, data), []
     for _ in range(flags.rounds):
         rates.append(limits.rates())
-        start = perf_counter()
-        device.threads_run(tape)
-        seconds.append(perf_counter() - start)
-    operations = 2 * layers * seen * heads * (width + (value_width or PREFIX))
-    flops = median(operations / s for s in seconds)
-    of_flops = median(operations / s / r.float_ops for s, r in zip(seconds, rates, strict=True))
-    text = f"{1e6 * median(seconds) / layers:9.0f} us a layer, {flops / 1e9:4.0f} GFLOP/s, {100 * of_flops:3.0f} %"
-    if tokens == 1:
-        nbytes = layers * seen * row_nbytes
-        of_read = median(nbytes / s / r.read for s, r in zip(seconds, rates, strict=True))
-        text += f"; {median(nbytes / s for s in seconds) / 1e9:5.1f} GB/s, {100 * of_read:3.0f} %"
-    device.close()
-    return text
+        for one in all_formats:
+            start = perf_counter()
+            one.device.threads_run(one.tape)
+            one.seconds.append(perf_counter() - start)
+    lines = [f"{one.device.kv.name:5s} {one.line(shape, tokens, seen, rates, all_formats[0])}" for one in all_formats]
+    for one in all_formats:
+        one.device.close()
+    return lines
 
 
 def main() -> None:
@@ -93,14 +127,16 @@ def main() -> None:
     parser.add_argument(
         "--prefill", nargs="*", type=int, default=[0, 2048, 8192], help="cached tokens before the chunk"
     )
-    parser.add_argument("--kv", default="f16", choices=list(KV_FORMATS))
+    parser.add_argument("--kv", nargs="*", default=["f16"], choices=list(KV_FORMATS))
     flags = parser.parse_args()
     data = np.ones(READ_NBYTES, np.uint8)
     for shape in flags.shape:
         for depth in flags.decode:
-            print(f"decode  {shape:8s} at {depth:6d}: {measure(shape, 1, depth - 1, flags, data)}", flush=True)
+            for line in measure(shape, 1, depth - 1, flags, data):
+                print(f"decode  {shape:8s} at {depth:6d}: {line}", flush=True)
         for depth in flags.prefill:
-            print(f"prefill {shape:8s} at {depth:6d}: {measure(shape, CHUNK, depth, flags, data)}", flush=True)
+            for line in measure(shape, CHUNK, depth, flags, data):
+                print(f"prefill {shape:8s} at {depth:6d}: {line}", flush=True)
 
 
 if __name__ == "__main__":

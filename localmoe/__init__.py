@@ -36,10 +36,10 @@ def load(
     """Open a GGUF file or a Hugging Face folder.
 
     `device`: "cpu" or "reference". `threads`: None takes the physical cores that are quick. `context`: tokens that the
-    KV cache holds; None takes the trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16" or
-    "q8_0" (8 bits and a scale for 32 values, about half the memory of f16). `quantize`: a file type such as "q4_K_M",
-    to which the weights of a folder are quantised on loading. `progress(what, done, total)` hears of anything that
-    takes time.
+    KV cache holds; None takes the trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16",
+    "q8_0" or "q4_0" (8 or 4 bits and a scale for 32 values: about half or a quarter of f16's memory). `quantize`: a
+    file type such as "q4_K_M", to which the weights of a folder are quantised on loading. `progress(what, done, total)`
+    hears of anything that takes time.
 
     `lazy`: how weights are loaded, "off" (all now), "mmap" (when first used), "slots" (experts when they are chosen,
     within a budget of memory), "auto" (as size, free memory and disk suggest), or a Loading with all that follows.

@@ -35,3 +35,11 @@ class SettingError(LocalMoeError):
 
 class DeviceError(LocalMoeError):
     """A device that is not there, or an input (context, memory) that it cannot hold."""
+
+
+class ContextError(DeviceError):
+    """A prompt that is longer than the context."""
+
+
+class ConversationError(LocalMoeError):
+    """A saved conversation that is not there, is open elsewhere, or is damaged beyond reading."""

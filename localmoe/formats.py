@@ -49,7 +49,8 @@ F32, F16, BF16 = FORMATS["F32"], FORMATS["F16"], FORMATS["BF16"]
 F8_E4M3 = Format("F8_E4M3", -1, 1, 1)
 # Formats of which a matrix may be multiplied by numbers that lie beside it, see `Scales`.
 SCALED = ("F8_E4M3", "NVFP4")
-KV_FORMATS = {"f32": F32, "f16": F16, "q8_0": FORMATS["Q8_0"]}  # what a row of keys or values may be kept as
+# What a row of keys or values may be kept as.
+KV_FORMATS = {"f32": F32, "f16": F16, "q8_0": FORMATS["Q8_0"], "q4_0": FORMATS["Q4_0"]}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localmoe.interrupt import Uninterrupted
+
 if TYPE_CHECKING:
     import llvmlite.binding as llvm
 
@@ -184,10 +186,11 @@ class Guard:
 
     def __init__(self, stretches: Sequence[tuple[int, int]]) -> None:
         self._count = len(stretches)
-        handler = bus_errors() if stretches else None
-        rows = handler.enter(stretches) if handler else []
-        self._rows = [handler.row(row) for row in rows] if handler else []
-        self.close = weakref.finalize(self, handler.leave if handler else tuple, rows)
+        with Uninterrupted():  # else rows that nobody gives back, and what llvmlite frees twice
+            handler = bus_errors() if stretches else None
+            rows = handler.enter(stretches) if handler else []
+            self._rows = [handler.row(row) for row in rows] if handler else []
+            self.close = weakref.finalize(self, handler.leave if handler else tuple, rows)
 
     @property
     def active(self) -> bool:

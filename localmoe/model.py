@@ -3,8 +3,7 @@ conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -16,17 +15,19 @@ import numpy.typing as npt
 from localmoe.errors import DeviceError, SettingError
 from localmoe.experts.history import History
 from localmoe.experts.loading import Loading
-from localmoe.experts.residence import Residence, expert_ops, looked_up, make, read_all, settle, trace_of
+from localmoe.experts.residence import Residence, expert_ops, looked_up, make, read_all, settle, tracing
 from localmoe.experts.sizes import Sizes
 from localmoe.experts.telemetry import Counts, Room
 from localmoe.formats import Bytes
+from localmoe.kernels.cache_state import CacheState
 from localmoe.kernels.open import Device, Plan, cache_format, open_device
 from localmoe.kernels.program import Floats, Progress, Watcher
+from localmoe.kernels.shifting import obstacle, refuse
 from localmoe.kernels.states import States
 from localmoe.loader.locate import open_source
 from localmoe.loader.soundness import Soundness
-from localmoe.memory import available_nbytes, readable_size, resident
-from localmoe.network import CHUNK, DEFAULT_CONTEXT, Network
+from localmoe.memory import resident
+from localmoe.network import CHUNK, Network
 from localmoe.pages import let_go, read_by_rows
 from localmoe.prefault import Prefault
 from localmoe.settings import recommended
@@ -73,7 +74,7 @@ class Model:
                 self.source = quantised(plan_folder(self.source, quantize), quantiser, progress)
                 self.network = Network(self.source)  # which asks for every tensor
         self.path = self.source.path
-        self.context = self._fitting_context(context, kv_format)
+        self.context = self.network.fitting_context(context, kv_format)
         self.kv_format = kv_format
         self.chunk = min(CHUNK, self.context)
         self._progress = progress
@@ -81,6 +82,7 @@ class Model:
             device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
         )
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
+        self._shifted: int | None = None  # from which of them on they are not what reading them gives
         self._states = States(self.network.program(1).state_slots)
         self._residence: Residence | None = None
         self._trace: TraceWriter | None = None
@@ -138,7 +140,7 @@ class Model:
         from opening on. Raises LocalMoeError: then the old way goes on."""
         self._soundness.begin()
         before, lengths = self._residence, sorted({1, self.chunk})
-        with self._tracing(loading) as trace:
+        with tracing(self._trace, loading, self.source, expert_ops(self.network.program(1))) as trace:
             found = self._settled(loading, trace)
             try:
                 if found.mode == "off":
@@ -153,6 +155,7 @@ class Model:
             self._prefault.stop()
             compiled = {(n, False): plan for n, plan in zip(lengths, plans, strict=True)}
             self.loading, self._residence, self._plans, self._made = loading, found, compiled, made
+        self._trace = trace
         if before and found.mode == "slots":
             let_go(weight for op in expert_ops(self.network.program(1)) for weight in op.matrices)
         ahead = found.mode == "slots" or (loading.mode == "auto" and found.fits)
@@ -164,29 +167,10 @@ class Model:
         found.preload()
 
     def _settled(self, loading: Loading, trace: TraceWriter | None) -> Residence:
-        program = self.network.program(1)
-        sizes, own = Sizes.of(self.network.tensors, program), resident().anonymous if self._residence else 0
-
-        def needed() -> int:
-            return self.network.needed(self.context, self.kv_format).resident
-
+        program, network = self.network.program(1), self.network
+        sizes, own = Sizes.of(network.tensors, program), resident().anonymous if self._residence else 0
+        needed = lambda: network.needed(self.context, self.kv_format).resident  # noqa: E731
         return settle(loading, self.source, program, sizes, needed, lambda: self._history, trace, own)
-
-    @contextmanager
-    def _tracing(self, loading: Loading) -> Iterator[TraceWriter | None]:
-        """Who writes the trace that is asked for: who writes that file already, else a new one, of whom nothing is left
-        where the `with` block raises."""
-        same = self._trace is not None and self._trace.path == loading.trace
-        trace = self._trace if same else trace_of(loading, self.source, expert_ops(self.network.program(1)))
-        try:
-            yield trace
-        except BaseException:
-            if trace and not same:
-                trace.discard()
-            raise
-        if self._trace and not same:
-            self._trace.close()
-        self._trace = trace
 
     def counts(self) -> Counts:
         """What became of the experts that were chosen since the mode was taken up; zeros where nobody counts."""
@@ -309,6 +293,7 @@ class Model:
         # Forgotten before and remembered after: an interrupt in between leaves a list that is short, never wrong.
         del self.cached[position:]
         self._states.forget(position)
+        self._shifted = None if self._shifted is None or position <= self._shifted else self._shifted
         step = self.score_chunk if all_logits else self.chunk
         decoding = ids.size == 1 and not all_logits and not prompt
         pieces = []
@@ -329,10 +314,37 @@ class Model:
         """The last position, of those up to `position`, from which a step goes on without running any token again."""
         return self._states.nearest(position)
 
+    @property
+    def unshifted(self) -> int:
+        """How many leading tokens of `cached` have the keys and values that reading them afresh gives."""
+        return len(self.cached) if self._shifted is None else min(self._shifted, len(self.cached))
+
+    @cached_property
+    def shift_obstacle(self) -> str:
+        """Why `shift` is not possible with this model, in words; empty where it is."""
+        return obstacle(self.network.program(1), cache_format(self.kv_format))
+
+    def shift(self, start: int, stop: int) -> None:
+        """Take the tokens start:stop out of `cached`: later ones move down with the keys and values that they have, the
+        keys turned to the new positions, and no token runs again.
+
+        What they took from the tokens that went stays in them: what follows is near to what reading them afresh gives,
+        and not the same. The first tokens must stay, as attention rests on them (Xiao et al. 2023, StreamingLLM); so
+        `start` is best behind the system prompt. After an interrupt the tokens before `start` are left. Raises
+        SettingError where there is a `shift_obstacle`, and for a range that is not cached.
+        """
+        program, end, kept = self.network.program(1), len(self.cached), self.cached[stop:]
+        refuse(program, cache_format(self.kv_format), self.name, start, stop, end)
+        self._shifted = min(start, self.unshifted)
+        del self.cached[start:]
+        self.device.shift(program, start, stop, end)
+        self.cached.extend(kept)
+
     def watch(self, tokens: Sequence[int], see: Watcher) -> Floats:
         """All logits (T, V) of a text that starts at position 0; `see` hears of every op, piece by piece."""
         del self.cached[:]
         self._states.forget(0)
+        self._shifted = None
         pieces = []
         for start in range(0, len(tokens), self.score_chunk):
             piece = np.asarray(tokens[start : start + self.score_chunk], np.int32)
@@ -341,6 +353,12 @@ class Model:
             self._soundness.check()
             self.cached.extend(piece.tolist())
         return np.concatenate(pieces)
+
+    @property
+    def cache_state(self) -> CacheState:
+        """What stands in the cache as bytes, to be kept elsewhere and put back; not to be held longer than the model is
+        open."""
+        return CacheState(*self.device.cache_bytes(self.network.program(1)), self.cached, self._states)
 
     def wait_for_weights(self) -> None:
         """Returns when all weights that are read ahead have been read, so that nothing else runs beside a step."""
@@ -368,24 +386,3 @@ class Model:
             self._soundness.check()  # before anyone uses the norms and biases that it has copied
             self._plans[key] = plan
         return self._plans[key]
-
-    def _fitting_context(self, asked: int | None, kv_format: str) -> int:
-        """The context to allocate: what was asked, else the trained one up to 8192; refused with numbers when memory
-        lacks."""
-        trained = self.network.trained_context
-        if asked is not None and asked < 1:
-            raise SettingError(f"a context of {asked} tokens is not possible; at least 1 is")
-        context = asked or min(trained, DEFAULT_CONTEXT)
-        positions = [op.weights[0].rows for op in self.network.program(1).ops if op.name == "add_positions"]
-        if positions and context > positions[0]:
-            raise SettingError(f"a context of {context} tokens is not possible; the model has {positions[0]} positions")
-        program, free = self.network.program(1), available_nbytes()
-        per_token, fixed = program.cache_nbytes(cache_format(kv_format)), program.state_slots * program.state_nbytes
-        if (needed := context * per_token + fixed) > free:
-            what = "keys, values and recurrent states" if fixed else "keys and values"
-            most = max(free - fixed, 0) // per_token if per_token else 0
-            raise DeviceError(
-                f"{self.source.path}: a context of {context} tokens needs {readable_size(needed)} for {what}, and "
-                f"{readable_size(free)} are free; at most {most} tokens fit"
-            )
-        return context

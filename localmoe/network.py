@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from localmoe.arch.table import family
-from localmoe.errors import FileFormatError
+from localmoe.errors import DeviceError, FileFormatError, SettingError
 from localmoe.experts import budget
 from localmoe.formats import Weight
+from localmoe.kernels.open import cache_format
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Program, Tensor
 from localmoe.loader.checkpoint import Checkpoint, summary
 from localmoe.loader.metadata import Metadata
 from localmoe.loader.source import Source
+from localmoe.memory import available_nbytes, readable_size
 
 CHUNK = 512  # tokens of a prefill step: weights are unpacked once for so many, and an expert sees enough of them
 DEFAULT_CONTEXT = 8192
@@ -62,3 +64,23 @@ class Network:
         """What a chat with a context of so many tokens needs beside the weights; compiles nothing."""
         programs = [self.program(tokens) for tokens in sorted({1, min(CHUNK, context)})]
         return budget.needed(programs, self.source.metadata, int(self.config.vocabulary), context, kv_format)
+
+    def fitting_context(self, asked: int | None, kv_format: str) -> int:
+        """The context to allocate: what was asked, else the trained one up to 8192. Raises SettingError for one that is
+        not possible, DeviceError, with numbers, where memory lacks."""
+        if asked is not None and asked < 1:
+            raise SettingError(f"a context of {asked} tokens is not possible; at least 1 is")
+        context, program = asked or min(self.trained_context, DEFAULT_CONTEXT), self.program(1)
+        positions = [op.weights[0].rows for op in program.ops if op.name == "add_positions"]
+        if positions and context > positions[0]:
+            raise SettingError(f"a context of {context} tokens is not possible; the model has {positions[0]} positions")
+        per_token, fixed = program.cache_nbytes(cache_format(kv_format)), program.state_slots * program.state_nbytes
+        free = available_nbytes()
+        if (needed := context * per_token + fixed) > free:
+            what = "keys, values and recurrent states" if fixed else "keys and values"
+            most = max(free - fixed, 0) // per_token if per_token else 0
+            raise DeviceError(
+                f"{self.source.path}: a context of {context} tokens needs {readable_size(needed)} for {what}, and "
+                f"{readable_size(free)} are free; at most {most} tokens fit"
+            )
+        return context

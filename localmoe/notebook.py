@@ -37,4 +37,4 @@ class LoadedModel(Model):
 
     def chat(self, system: str | None = None) -> Chat:
         """A new conversation. Raises TemplateError where the model has no chat template, naming the choices."""
-        return Chat(Session(self, None, SamplingSettings().changed(**self.recommended), system))
+        return Chat(Session(self, system=system))

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-import threading
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Thread
 
 from localmoe.formats import MadeSlabs, Weight
+from localmoe.interrupt import start_threads
 
 MADV_WILLNEED = 3  # pages are read in, these and no others: a fault reads megabytes around it
 MADV_POPULATE_READ = 22  # Linux 5.14: pages are read in and mapped, as if each had been read from
@@ -19,22 +22,21 @@ PIECE = 8 << 20  # bytes between two looks at whether it is time to stop
 
 
 class Prefault:
-    """Brings in the pages of `weights`, first to last, until it is done or stopped; nothing happens where the system
-    has no call for it."""
+    """Brings in the pages of `weights`, first to last, until it is done, stopped, or nobody holds it any more; nothing
+    happens where the system has no call for it."""
 
     def __init__(self, weights: Iterable[Weight], *, tidy: Callable[[], None] | None = None) -> None:
         """With `tidy`, as few pages beside them are read as can be, and it is called by the same thread to give back
         what was read all the same."""
-        self._tidy = tidy
-        self._weights = list(weights)  # also keeps the mapping alive
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefault", daemon=True)
+        self._reader = _Reader(list(weights), tidy)
+        self._thread = Thread(target=self._reader.run, name="prefault", daemon=True)
+        weakref.finalize(self, self._reader.stop)  # the thread knows the reader alone
         if sys.platform == "linux":
-            self._thread.start()
+            start_threads([self._thread])
 
     def stop(self) -> None:
         """Returns when the thread has ended."""
-        self._stopped.set()
+        self._reader.stop()
         self.wait()
 
     def wait(self) -> None:
@@ -42,23 +44,33 @@ class Prefault:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _run(self) -> None:
-        if self._tidy is None:
+
+@dataclass(slots=True)
+class _Reader:
+    weights: Sequence[Weight]  # which keep the mapping alive
+    tidy: Callable[[], None] | None
+    stopped: bool = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def run(self) -> None:
+        if self.tidy is None:
             self._advise(MADV_POPULATE_READ)
         elif self._advise(MADV_WILLNEED):  # before a kernel touches them and the system reads around that place
-            self._tidy()
+            self.tidy()
             self._advise(MADV_POPULATE_READ)
-            self._tidy()
+            self.tidy()
 
     def _advise(self, advice: int) -> bool:
         """Whether it came to the end."""
         libc = ctypes.CDLL(None)
-        for weight in self._weights:
+        for weight in self.weights:
             for slab in () if isinstance(weight.slabs, MadeSlabs) else weight.slabs:
                 first, end = slab.ctypes.data & -mmap.PAGESIZE, slab.ctypes.data + slab.size
                 for start in range(first, end, PIECE):
                     size = min(PIECE, end - start)
                     place = (ctypes.c_void_p(start), ctypes.c_size_t(size))
-                    if self._stopped.is_set() or libc.madvise(*place, advice) != 0:
+                    if self.stopped or libc.madvise(*place, advice) != 0:
                         return False
         return True

@@ -1,50 +1,43 @@
-"""One conversation: messages, template and settings become a token prefix; must not know terminals or arrays."""
+"""One conversation with a model: messages, template and settings become prompts, answers become messages; must not know
+terminals, files or arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, get_args
 
-from localmoe.engine import CausalModel, Engine, Progress, Step, TextDecoder
-from localmoe.errors import SettingError, TemplateError
+from localmoe.answering import SPARE, Answering, Finish
+from localmoe.conversation.tree import Conversation, Message
+from localmoe.endings import Endings, endings
+from localmoe.engine import CausalModel, Engine, KeptState, Progress, common_prefix
+from localmoe.errors import ContextError, SettingError, TemplateError
+from localmoe.prompting import ChatTemplate, ChatTokenizer, Prompt, Turn, prompt_of, spelled
+from localmoe.reasoning import Piece, ReasoningSplitter
 from localmoe.sampling import SamplingSettings
-from localmoe.template import NAMED, Template, choices, reasoning_markers
+from localmoe.template import Template, choices, named_source, reasoning_markers
+from localmoe.template_fit import fitted
+from localmoe.thinking import Thinking
 
-Message = dict[str, str]
-Kind = Literal["answer", "reasoning"]
-Finish = Literal["stop", "length", "context", "interrupted"]
-
-
-class ChatTemplate(Protocol):
-    """What a session asks of a chat template."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str: ...
+Overflow = Literal["stop", "drop", "shift"]
+OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
+ROOM = 0.75  # of the context is filled again at most, when old turns had to go: each time costs reading, or accuracy
 
 
-class ChatTokenizer(TextDecoder, Protocol):
-    """What a session asks of a tokenizer."""
-
-    @property
-    def bos(self) -> int | None: ...
-    @property
-    def eos(self) -> int | None: ...
-    def token(self, id: int) -> str: ...
-    def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]: ...
-    def encode_prompt(self, rendered: str) -> list[int]: ...
+SUMMARY_REQUEST = (
+    "Summarise our conversation so far, so that it can go on from your summary alone: facts, names, numbers, decisions "
+    "and open questions. Write the summary and nothing else."
+)
 
 
 class ChatModel(CausalModel, Protocol):
-    """What a session asks of a model. `reasoning`: the markers around a reasoning block, if the template has them."""
+    """What a session asks of a model. `reasoning`: the markers around a reasoning block, if the template has them;
+    `shift` takes tokens out of the cache and moves the later ones down; `shift_obstacle` is why it cannot, mostly "".
+    """
 
     @property
     def name(self) -> str: ...
@@ -58,64 +51,9 @@ class ChatModel(CausalModel, Protocol):
     def reasoning(self) -> tuple[str, str] | None: ...
     @property
     def recommended(self) -> Mapping[str, float | int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some text of an answer, or of the reasoning before it, in the order in which it was generated."""
-
-    kind: Kind
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Spoken:
-    """A rendered prompt with the answer that followed, and the token ids that the model really saw and chose."""
-
-    text: str
-    tokens: list[int]
-
-
-class ReasoningSplitter:
-    """Cuts a stream of text into pieces at the reasoning markers, which may arrive split over tokens.
-
-    Reasoning opens only as the first thing of an answer and closes once: a later mention of a marker is text.
-    """
-
-    def __init__(self, markers: tuple[str, str] | None, opened: bool = False) -> None:
-        self._open, self._close = markers or ("", "")
-        self._state: Literal["start", "reasoning", "answer"] = (
-            "answer" if markers is None else "reasoning" if opened else "start"
-        )
-        self._held = ""
-
-    def push(self, text: str) -> Iterator[Piece]:
-        """The pieces that are certain by now; a possible beginning of a marker is held back."""
-        self._held += text
-        if self._state == "start":
-            begun = self._held.lstrip()
-            if begun.startswith(self._open):
-                self._state, self._held = "reasoning", begun[len(self._open) :]
-            elif not self._open.startswith(begun):
-                self._state = "answer"
-        if self._state == "reasoning":
-            before, marker, after = self._held.partition(self._close)
-            if marker:
-                self._state, self._held = "answer", after
-            else:
-                kept = _overlap(before, self._close)
-                self._held = before[len(before) - kept :]
-                before = before[: len(before) - kept]
-            if before:
-                yield Piece("reasoning", before)
-        if self._state == "answer":
-            yield from self.finish()
-
-    def finish(self) -> Iterator[Piece]:
-        """What was held back, when nothing more will come."""
-        text, self._held = self._held, ""
-        if text:
-            yield Piece("reasoning" if self._state == "reasoning" else "answer", text)
+    @property
+    def shift_obstacle(self) -> str: ...
+    def shift(self, start: int, stop: int) -> None: ...
 
 
 class Session:
@@ -125,10 +63,14 @@ class Session:
         self,
         model: ChatModel,
         template: ChatTemplate | None = None,
-        settings: SamplingSettings | None = None,
+        settings: Mapping[str, float | int] | None = None,
         system: str | None = None,
+        *,
+        conversation: Conversation | None = None,
+        kept: KeptState | None = None,
     ) -> None:
-        """`template` defaults to the model's own, `settings` to what it recommends; TemplateError without any."""
+        """`template` defaults to the model's own, what `settings` do not name to what it recommends; `conversation`
+        goes on where it stands; `kept` is the model's state of earlier prompts. TemplateError without any template."""
         if template is None and not model.has_template:
             raise TemplateError(
                 f"{model.name} has no chat template: name one with --template ({', '.join(choices())}), or a file"
@@ -137,12 +79,24 @@ class Session:
         self._given = template
         self._preparing = Lock()
         self.reasoning = reasoning_markers(template.source) if template else model.reasoning
-        self.settings = settings or SamplingSettings().changed(**model.recommended)
-        self.system = system
-        self.messages: list[Message] = []
-        self.engine = Engine(model)
+        self.chosen = dict(settings or {})
+        self.settings = SamplingSettings().changed(**model.recommended).changed(**self.chosen)
+        self.thinking = Thinking()
+        self.overflow: Overflow = "stop"
+        self.conversation = conversation or Conversation()
+        if system is not None:
+            self.conversation.set_system(system)
+        self.engine = Engine(model, kept)
         self.finish: Finish | None = None
-        self._spoken: Spoken | None = None
+        self._spelling: dict[int, tuple[int, bool]] = {}  # message -> its tokens, and whether they spell it
+
+    def with_model(
+        self, model: ChatModel, template: ChatTemplate | None = None, kept: KeptState | None = None
+    ) -> Session:
+        """The same conversation with another model, which reads it before its first answer. Raises TemplateError."""
+        other = Session(model, template, self.chosen, conversation=self.conversation, kept=kept)
+        other.thinking, other.overflow = self.thinking, self.overflow
+        return other
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -151,115 +105,283 @@ class Session:
         assert own is not None, "a session without a template"
         return own
 
+    @cached_property
+    def endings(self) -> Endings:
+        """What ends an answer under this template."""
+        return endings(self.model.tokenizer, self.template)
+
+    @property
+    def given_template(self) -> str | None:
+        """The name of the template that was asked for; None for the model's own."""
+        return self._given.name if self._given else None
+
     def prepare(self) -> None:
         """Have the tokenizer and the template ready, which the first answer would wait for; from any thread. Raises
         TokenizerError, TemplateError."""
         with self._preparing:
-            _ = self.model.tokenizer, self.template
+            _ = self.model.tokenizer, self.template, self.endings
+
+    @property
+    def system(self) -> str | None:
+        return self.conversation.system or None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What was said, as far as the model sees it."""
+        return [{"role": m.role, "content": m.content} for m in self.conversation.seen()]
 
     def send(self, text: str, progress: Progress | None = None) -> Iterator[Piece]:
         """The answer to `text` in pieces. Ended early, the answer so far is kept; without any, `text` is taken back."""
-        self.messages.append({"role": "user", "content": text})
-        try:
-            yield from self._answer(progress)
-        finally:
-            if self.messages[-1]["role"] == "user":
-                self.messages.pop()
+        before = self.conversation.head
+        self.conversation.add(text)
+        yield from self._answer_or_return(before, progress)
 
     def regenerate(self, progress: Progress | None = None) -> Iterator[Piece]:
         """Another answer to the last message; the old one stays if the new never begins. SettingError without any."""
-        if not self.messages:
+        before = self.conversation.head
+        if not before:
             raise SettingError("there is no answer yet to generate again")
-        old = self.messages.pop()
+        last = self.conversation.messages[before]
+        self.conversation.move(last.parent if last.role == "assistant" else before)
+        yield from self._answer_or_return(before, progress)
+
+    def edit(self, message: Message, text: str, progress: Progress | None = None) -> Iterator[Piece]:
+        """The answer to another text in the place of a user's message, on a branch of its own."""
+        assert message.role == "user"
+        before = self.conversation.head
+        self.conversation.move(message.parent)
+        self.conversation.add(text)
+        yield from self._answer_or_return(before, progress)
+
+    def _answer_or_return(self, before: int, progress: Progress | None) -> Iterator[Piece]:
         try:
             yield from self._answer(progress)
         finally:
-            if self.messages[-1]["role"] == "user":
-                self.messages.append(old)
+            head = self.conversation.head
+            if self.conversation.messages[head].role == "user":
+                self.conversation.move(before)
 
-    def clear(self) -> None:
-        """Forget the messages; the system prompt and the settings stay."""
-        self.messages.clear()
+    def start(self, conversation: Conversation) -> list[str]:
+        """Go on with another conversation, as it was led; an empty one takes over the system prompt. What of its
+        settings is not possible is told, a line each."""
+        if not conversation.messages:
+            conversation.set_system(self.conversation.system)
+        self.conversation = conversation
+        self._spelling.clear()
+        return self.recall()
 
-    def take(self, model: ChatModel) -> None:
-        """Go on with another model: the messages stay, and are read by it before its first answer."""
-        old, new = self.model.tokenizer, model.tokenizer
-        if self._spoken and any(old.token(id) != new.token(id) for id in set(self._spoken.tokens)):
-            self._spoken = None
-        self.model, self.engine = model, Engine(model)
-        if self._given is None:
-            self.reasoning = model.reasoning
-            self.__dict__.pop("template", None)
+    def remember(self) -> None:
+        """Keep with the conversation what it needs to go on alike elsewhere."""
+        thinking = {"mode": self.thinking.mode, "budget": self.thinking.budget}
+        self.conversation.note(
+            settings=self.chosen or None,
+            template=self.given_template,
+            thinking=thinking if self.thinking != Thinking() else None,
+            overflow=self.overflow if self.overflow != "stop" else None,
+        )
+
+    def recall(self, *, but: Collection[str] = ()) -> list[str]:
+        """Take up what the conversation was led with, `but` not these settings; what is not possible (any more) is
+        told, a line each."""
+        facts = self.conversation.facts
+        changes: list[Callable[[], None]] = []
+        settings, thinking, overflow = facts.get("settings"), facts.get("thinking"), facts.get("overflow")
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            if key not in but:
+                changes.append(partial(self._set, key, value))
+        if isinstance(thinking, dict):
+            words = [thinking.get("mode"), f"budget {thinking['budget']}" if thinking.get("budget") else ""]
+            changes += [partial(self._think, word) for word in map(str, filter(None, words))]
+        if overflow is not None:
+            changes.append(partial(self._set_overflow, str(overflow)))
+        trouble: list[str] = []
+        for change in changes:
+            try:
+                change()
+            except SettingError as error:
+                trouble.append(str(error))
+        return trouble
 
     def set_system(self, text: str | None) -> None:
         """Replace the system prompt from the next answer on; None or empty text removes it."""
-        self.system = text or None
+        self.conversation.set_system(text or "")
 
     def set(self, key: str, value: object) -> None:
         """Change one sampling setting; SettingError names the key, the value and the range."""
+        self._set(key, value)
+        self.remember()
+
+    def _set(self, key: str, value: object) -> None:
         self.settings = self.settings.changed(**{key: value})
+        self.chosen = {**self.chosen, key: getattr(self.settings, key)}
+
+    def think(self, words: str) -> None:
+        """As `/think words`; SettingError where the template has no such switch."""
+        self._think(words)
+        self.remember()
+
+    def _think(self, words: str) -> None:
+        self.thinking = self.thinking.changed(words, self.template.source, self.reasoning)
+
+    def set_overflow(self, name: str) -> None:
+        """What happens when the context is full; SettingError names the choices."""
+        self._set_overflow(name)
+        self.remember()
+
+    def _set_overflow(self, name: str) -> None:
+        wanted = next((policy for policy in OVERFLOWS if policy == name), None)
+        if wanted is None:
+            raise SettingError(f"a full context can {', '.join(OVERFLOWS)}, not {name[:40]!r}")
+        if wanted == "shift" and self.model.shift_obstacle:
+            raise SettingError(f"{self.model.name} cannot shift: {self.model.shift_obstacle}; drop is possible")
+        self.overflow = wanted
+
+    def read(self, progress: Progress | None = None) -> None:
+        """Have the model read the conversation, as it would before the next answer."""
+        if tokens := self.tokens():
+            self.engine.read(tokens, progress)
 
     @property
     def used_tokens(self) -> int:
         """Tokens of the conversation that stand in the KV cache."""
         return len(self.model.cached)
 
-    def prompt(self) -> Spoken:
-        """The conversation as the template renders it and as token ids, ready for an answer.
+    def tokens(self) -> list[int]:
+        """The conversation as token ids, ready for an answer; none before anything was said, which some templates
+        cannot render. Raises TemplateError, TokenizerError."""
+        return self.prompt().tokens if self.conversation.seen() else []
 
-        Ids that the model generated are kept where the text agrees: tokenising an answer anew may cut it elsewhere, and
-        would lose the cached prefix.
-        """
+    def prompt(self) -> Prompt:
+        """The conversation as the template renders it and as token ids, ready for an answer."""
+        return self._prompt_behind(self.conversation.seen())
+
+    def tokens_of(self, conversation: Conversation) -> Iterator[list[int]]:
+        """Each branch of another conversation as token ids, as this session's model would get them."""
+        other = Session(self.model, self._given, conversation=conversation)
+        other.recall()
+        for leaf in conversation.leaves():
+            yield other._prompt_behind(conversation.path(leaf.id)).tokens
+
+    def _prompt_behind(self, seen: list[Message]) -> Prompt:
         self.prepare()
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self.template.render([*system, *self.messages], add_generation_prompt=True)
-        spoken, tokenizer = self._spoken, self.model.tokenizer
-        if spoken and rendered.startswith(spoken.text):
-            rest = tokenizer.encode(rendered[len(spoken.text) :], special=True, bos=False)
-            # Text after a special token is tokenised by itself; anywhere else the seam could change the ids.
-            if rest and tokenizer.is_special(rest[0]):
-                return Spoken(rendered, spoken.tokens + rest)
-        return Spoken(rendered, tokenizer.encode_prompt(rendered))
+        told = self.conversation.system, _summarised(self.conversation.summary_seen)
+        system = "\n\n".join(filter(None, told))
+        turns = [Turn("system", system)] if system else []
+        turns += [Turn(m.role, m.content, m.tokens if self._spells(m) else ()) for m in seen]
+        variables = self.thinking.variables(self.template.source)
+        return prompt_of(turns, self.template, self.model.tokenizer, **variables)
+
+    def _spells(self, message: Message) -> bool:
+        """Whether the ids of an answer are its text in this model's vocabulary."""
+        if not message.tokens:
+            return False
+        known = self._spelling.get(message.id)
+        if known is None or known[0] != len(message.tokens):
+            found = spelled(self.model.tokenizer, message.tokens, self.reasoning) == message.content
+            known = self._spelling[message.id] = len(message.tokens), found
+        return known[1]
+
+    def _answering(self) -> Answering:
+        return Answering(
+            self.engine,
+            self.model.tokenizer,
+            self.settings,
+            self.reasoning,
+            self.endings.tokens,
+            self.endings.texts,
+            budget=self.thinking.budget,
+            more_room=self._room_behind,
+        )
 
     def _answer(self, progress: Progress | None) -> Iterator[Piece]:
         self.finish = "interrupted"
-        prompt = self.prompt()
-        markers = self.reasoning
-        opened = markers is not None and prompt.text.rstrip().endswith(markers[0])
-        splitter = ReasoningSplitter(markers, opened)
-        texts: list[str] = []
-        tokens: list[int] = []
-        complete = 0  # tokens whose text came out whole
+        prompt = self._with_room(self.conversation.seen())
+        conversation, begun = self.conversation, False
         try:
-            for step in self.engine.generate(prompt.tokens, self.settings, progress=progress):
-                text = self._with_marker(step, markers)
-                texts.append(text)
-                if step.finish != "stop":
-                    tokens.append(step.token)
-                complete = len(tokens) if text else complete
-                yield from splitter.push(text)
-                self.finish = step.finish or self.finish
-            yield from splitter.finish()
+            for said in self._answering().run(prompt, progress):
+                if not begun and (said.text or said.finish == "stop"):
+                    conversation.begin(self.model.name)
+                    begun = True
+                if said.text:
+                    conversation.grow(said.text, said.tokens)
+                self.finish = said.finish or self.finish
+                yield from said.pieces
         finally:
-            answer = "".join(texts)
-            if answer or self.finish == "stop":
-                self.messages.append({"role": "assistant", "content": answer})
-                self._spoken = Spoken(prompt.text + answer, prompt.tokens + tokens[:complete])
+            if begun:
+                conversation.end(self.finish)
 
-    def _with_marker(self, step: Step, markers: tuple[str, str] | None) -> str:
-        """The text of a step; a marker that is a control token of its own has none, and is put back here."""
-        if markers and not step.text and self.model.tokenizer.is_special(step.token):
-            for marker in markers:
-                if self.model.tokenizer.encode(marker, special=True, bos=False) == [step.token]:
-                    return marker
-        return step.text
+    def summarise(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """A summary of all that is seen before the last question; complete, it stands in the place of that. Raises
+        SettingError where there is nothing before it."""
+        self.finish = "interrupted"
+        seen = self.conversation.seen()
+        starts = [i for i, message in enumerate(seen) if message.role == "user"]
+        if len(starts) < 2:
+            raise SettingError("there is nothing before the last question to sum up")
+        request = Message(0, 0, "user", [SUMMARY_REQUEST])
+        answering = replace(self._answering(), more_room=lambda answer: None)
+        texts: list[str] = []
+        for said in answering.run(self._prompt_behind([*seen[: starts[-1]], request]), progress):
+            texts += [piece.text for piece in said.pieces if piece.kind == "answer"]
+            self.finish = said.finish or self.finish
+            yield from said.pieces
+        if self.finish == "stop" and (text := "".join(texts).strip()):
+            self.conversation.trim(seen[starts[-1]].id, text)
+
+    def splitter_for(self, message: Message) -> ReasoningSplitter:
+        """What tells an answer's reasoning from the rest; reasoning that a template opened has only an end."""
+        opening, closing = self.reasoning or ("", "")
+        opened = closing in message.content and opening not in message.content
+        return ReasoningSplitter(self.reasoning, opened)
+
+    def _with_room(self, seen: list[Message], more: int = 0) -> Prompt:
+        """The prompt, with `more` tokens behind it; the oldest turns are left out where it would not fit and the policy
+        is not to stop."""
+        prompt, context = self._prompt_behind(seen), self.model.context
+        if len(prompt.tokens) + more < context or self.overflow == "stop":
+            return prompt
+        starts = [i for i, message in enumerate(seen) if message.role == "user" and i]
+
+        def fits(start: int) -> bool:
+            return len(self._prompt_behind(seen[start:]).tokens) + more <= ROOM * context
+
+        start = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)] if starts else 0
+        fewer = self._prompt_behind(seen[start:])
+        if len(fewer.tokens) + more >= context:
+            raise ContextError(
+                f"without anything older the last message still makes {len(fewer.tokens)} tokens, and the context "
+                f"holds {context}: shorten it, or open the model with a larger --context"
+            )
+        self.conversation.trim(seen[start].id, self.conversation.summary_seen)
+        if self.overflow == "shift":
+            self._shift(prompt.tokens, fewer.tokens)
+        return fewer
+
+    def _room_behind(self, answer: Sequence[int]) -> list[int] | None:
+        """Prompt tokens for the rest of an answer that has filled the context; None where it has to end."""
+        if self.overflow == "stop":
+            return None
+        seen = self.conversation.seen()
+        if seen and seen[-1].role == "assistant":
+            seen = seen[:-1]
+        try:
+            return self._with_room(seen, len(answer) + SPARE).tokens
+        except ContextError:
+            return None
+
+    def _shift(self, old: list[int], new: list[int]) -> None:
+        """Moves what stands in the cache behind the turns that went, so that it need not be read again."""
+        kept, gone, cached = common_prefix(old, new), len(old) - len(new), self.model.cached
+        same = old[kept + gone :] == new[kept:] and common_prefix(old, cached) == min(len(old), len(cached))
+        if gone > 0 and same and len(cached) > kept + gone and not self.model.shift_obstacle:
+            self.model.shift(kept, kept + gone)
 
 
 def open_template(model: ChatModel, name: str) -> Template:
     """A template by its name, or from a file, with the model's BOS and EOS; TemplateError when it is neither."""
     path = Path(name)
-    if name in NAMED:
-        source = NAMED[name]
+    if name in choices():
+        source = named_source(fitted(name, model.tokenizer)) or ""
     elif path.is_file():
         try:
             source = path.read_text(encoding="utf-8")
@@ -272,6 +394,5 @@ def open_template(model: ChatModel, name: str) -> Template:
     return Template(source, name=name, bos=bos, eos=eos)
 
 
-def _overlap(text: str, marker: str) -> int:
-    """The longest end of `text` that begins `marker`."""
-    return next((n for n in range(min(len(text), len(marker)), 0, -1) if text.endswith(marker[:n])), 0)
+def _summarised(summary: str) -> str:
+    return f"Summary of the conversation so far:\n{summary}" if summary else ""

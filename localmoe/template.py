@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from localmoe.errors import TemplateError
+from localmoe.named_templates import ALIASES, NAMED
+
+__all__ = ["ALIASES", "NAMED", "Template", "choices", "named_source", "reasoning_markers"]
 
 SOURCE_LIMIT = 1 << 16  # characters of a template; the longest real ones have 20 thousand
 
@@ -91,8 +94,13 @@ def reasoning_markers(source: str) -> tuple[str, str] | None:
 
 
 def choices() -> list[str]:
-    """The names in `NAMED`, sorted."""
-    return sorted(NAMED)
+    """The names in `NAMED` and those that mean one of them, sorted."""
+    return sorted({*NAMED, *ALIASES})
+
+
+def named_source(name: str) -> str | None:
+    """The template of that name; None where there is none."""
+    return NAMED.get(ALIASES.get(name, name))
 
 
 def _reason(error: Exception) -> str:
@@ -100,52 +108,3 @@ def _reason(error: Exception) -> str:
         return "macros or values nested too deep"
     text = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
     return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
-
-
-# Written from the models' documented prompt formats; "mistral" is the v3 form, "deepseek" that of V2.5, V3 and R1.
-_TURN = "{% for message in messages %}"
-_ALTERNATING = (
-    "{% set system = messages[0].content if messages and messages[0].role == 'system' else '' %}"
-    "{% for message in (messages[1:] if system else messages) %}"
-    "{% set lead = SYSTEM if loop.first and system else '' %}"
-)
-NAMED: Mapping[str, str] = {
-    "alpaca": _TURN + "{% if message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n"
-    "{% elif message.role == 'assistant' %}### Response:\n{{ message.content }}{{ eos_token }}\n\n"
-    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}",
-    "chatml": _TURN + "{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "command-r": "{{ bos_token }}{% set roles = {'user': 'USER', 'assistant': 'CHATBOT'} %}"
-    + _TURN
-    + "<|START_OF_TURN_TOKEN|><|{{ roles.get(message.role, 'SYSTEM') }}_TOKEN|>"
-    "{{ message.content }}<|END_OF_TURN_TOKEN|>"
-    "{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
-    "deepseek": "{{ bos_token }}" + _TURN + "{% if message.role == 'user' %}<\uff5cUser\uff5c>{{ message.content }}"
-    "{% elif message.role == 'assistant' %}<\uff5cAssistant\uff5c>"
-    "{{ message.content.split('</think>') | last }}{{ eos_token }}"
-    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<\uff5cAssistant\uff5c>{% endif %}",
-    "gemma": "{{ bos_token }}"
-    + _ALTERNATING.replace("SYSTEM", "system ~ '\n\n'")
-    + "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
-    "{{ lead ~ message.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "llama2": _ALTERNATING.replace("SYSTEM", "'<<SYS>>\n' ~ system ~ '\n<</SYS>>\n\n'")
-    + "{% if message.role == 'user' %}{{ bos_token }}[INST] {{ lead ~ message.content | trim }} [/INST]"
-    "{% else %} {{ message.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
-    "llama3": "{{ bos_token }}" + _TURN + "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "mistral": "{{ bos_token }}"
-    + _ALTERNATING.replace("SYSTEM", "system ~ '\n\n'")
-    + "{% if message.role == 'user' %}[INST] {{ lead ~ message.content }}[/INST]"
-    "{% else %} {{ message.content | trim }}{{ eos_token }}{% endif %}{% endfor %}",
-    "phi3": _TURN + "{{ '<|' ~ message.role ~ '|>\n' ~ message.content ~ '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "vicuna": _TURN + "{% if message.role == 'user' %}USER: {{ message.content }}\n"
-    "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}\n"
-    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
-    "zephyr": _TURN + "{{ '<|' ~ message.role ~ '|>\n' ~ message.content ~ eos_token ~ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-}

@@ -1,14 +1,22 @@
-"""What every test may ask for: the conformance data. Knows where the data lies, not what is in it."""
+"""What every test may ask for, and what holds for all of them: the conformance data, where nothing of one test is found
+by the next, which random examples are tried. Knows where the data lies, not what is in it."""
 
 from __future__ import annotations
 
 import os
+import signal
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from verified import NAME, write
+
+# The same examples in each run, so that a change is not refused for what it did not do; others are tried by
+# `make test ARGS=--hypothesis-profile=default`.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -23,6 +31,8 @@ def conformance() -> Path:
     return folder
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: no Ctrl+C would be heard
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 NUMBERS = count()
 
 
@@ -31,6 +41,13 @@ def nothing_learned(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     """What the experts of one test's model were used for is not known to the next test."""
     folder = tmp_path_factory.getbasetemp() / f"usage-{next(NUMBERS)}"
     monkeypatch.setattr("localmoe.experts.usage.usage_folder", lambda: folder)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Conversations and histories of one test are not found by the next, nor by the user; the folder comes into being
+    when something is kept."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{next(NUMBERS)}"))
 
 
 CLAIMS: list[Any] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.conversation.tree import Conversation
 from localmoe.errors import DeviceError
 from localmoe.experts.loading import Loading
 from localmoe.experts.telemetry import Counts, Room
@@ -105,6 +106,7 @@ class FakeModel:
         self.cached: list[int] = []
         self.calls: list[tuple[int, list[int]]] = []
         self.before_call: Callable[[], None] = lambda: None
+        self.shifts: list[tuple[int, int]] = []
         self.closed = False
         self.loading, self.residency_mode, self.loading_reason = Loading(), "mmap", "all of it fits"
         self.loading_problem = ""
@@ -159,6 +161,16 @@ class FakeModel:
     def resumes(self, position: int) -> int:
         return position
 
+    shift_obstacle = ""
+
+    @property
+    def unshifted(self) -> int:
+        return min(self.shifts[-1][0], len(self.cached)) if self.shifts else len(self.cached)
+
+    def shift(self, start: int, stop: int) -> None:
+        self.shifts.append((start, stop))
+        del self.cached[start:stop]
+
     def close(self) -> None:
         self.closed = True
 
@@ -172,3 +184,20 @@ class FakeModel:
         target = [*(reply.encode() if isinstance(reply, str) else reply), END]
         spelt = len(self.cached) - start
         return target[spelt] if spelt < len(target) else END
+
+
+def copied(conversation: Conversation, head: int) -> Conversation:
+    """The same branch up to `head`, as another process finds it."""
+    copy, ids = Conversation(), {0: 0}
+    copy.set_system(conversation.system)
+    for message in conversation.path(head):
+        if message.role == "user":
+            copy.add(message.content)
+        else:
+            copy.begin(message.model)
+            copy.grow(message.content, message.tokens)
+            copy.end(message.finish)
+        ids[message.id] = copy.head
+    if conversation.first in ids:
+        copy.trim(ids[conversation.first], conversation.summary)
+    return copy

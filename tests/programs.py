@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ Random = np.random.Generator
 Forward = Callable[[Ops, Random], Tensor]
 Step = tuple[int, int]  # tokens, position
 
+HADAMARD = reduce(np.kron, [np.array([[1, 1], [1, -1]])] * 5)  # Sylvester's, (32, 32)
 VOCABULARY = 64
 CONTEXT = 512
 SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # where a block's float16 factors stand
@@ -111,18 +113,24 @@ def cpu_runs(device: CpuDevice, forward: Forward, steps: Sequence[tuple[int, int
 
 
 def cache_rows(values: npt.ArrayLike, format: Format) -> Array:
-    """Float32 (…, d) as rows of a cache, (…, bytes), padded with zeros; what is NaN is NaN in every format."""
+    """Float32 (…, d) as rows of a cache, (…, bytes), padded with zeros, turned where they are quantised; what is NaN is
+    NaN in every format."""
     rows = np.asarray(values, np.float32)
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, cache_row(rows.shape[-1], format) - rows.shape[-1])]
+    padded = np.pad(rows, padding)
     with np.errstate(invalid="ignore"):
-        stored = quantize(np.pad(rows, padding), GGMLQuantizationType(format.id))
+        if format.elements > 1:
+            padded = (padded.reshape(-1, 32) @ HADAMARD / 4).reshape(padded.shape).astype(np.float32)
+        stored = quantize(padded, GGMLQuantizationType(format.id))
     return np.ascontiguousarray(stored).view(np.uint8)
 
 
 def cache_values(rows: Array, format: Format, width: int) -> Array:
     """The first `width` values of rows of a cache, (…, bytes) -> float64 (…, d)."""
-    flat = np.ascontiguousarray(rows).reshape(-1)
-    return dequantise(flat, format).reshape(*rows.shape[:-1], -1)[..., :width].astype(np.float64)
+    flat = dequantise(np.ascontiguousarray(rows).reshape(-1), format).astype(np.float64)
+    if format.elements > 1:
+        flat = flat.reshape(-1, 32) @ HADAMARD / 8
+    return flat.reshape(*rows.shape[:-1], -1)[..., :width]
 
 
 def distance(found: Array, expected: Array) -> float:

@@ -6,7 +6,7 @@ import re
 
 from rich.cells import cell_len
 
-PIECES = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b([D78])|(.)", re.DOTALL)
+PIECES = re.compile(r"\x1b\[([\d;]*)([A-Za-z])|\x1b([D78])|(.)", re.DOTALL)
 
 
 class Terminal:

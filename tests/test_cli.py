@@ -44,6 +44,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
     monkeypatch.setattr(localmoe, "load", load, raising=False)
     monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("localmoe.cli.conversation.kept_state", lambda model, asked: None)
     return fake
 
 
@@ -431,3 +432,24 @@ def test_memory_that_runs_out_is_one_line_and_no_bug(
     with pytest.raises(SystemExit, match="2"):
         main(["chat"])
     assert capsys.readouterr().err == "localmoe: memory ran out; a smaller --context needs less\n"
+
+
+def test_models_lists_what_is_there_and_its_names_open_it(
+    model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS", "LLAMA_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("LOCALMOE_MODELS", str(tmp_path))
+    broken = tmp_path / "some\x1b[31m-model.gguf"
+    broken.write_bytes(b"hello")
+    assert call("models") == 0
+    told = capsys.readouterr().out
+    assert "some\\x1b[31m-model" in told
+    assert "expected b'GGUF'" in told
+    assert call("models", "--json") == 0
+    record = json.loads(capsys.readouterr().out)[-1]
+    assert (record["path"], record["kind"], record["memory"]) == (str(broken), "broken", "broken")
+    assert call("run", "some", "-p", "hello") == 0
+    assert model.opened["path"] == broken
+    assert call("run", "sone", "-p", "hello") == 2
+    assert "'sone' is neither a file nor a model that is known here" in capsys.readouterr().err

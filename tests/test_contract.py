@@ -27,7 +27,6 @@ from localmoe.repl.input import LineReader
 from localmoe.repl.loop import converse
 from localmoe.repl.render import Screen
 from localmoe.repl.talk import Talk
-from localmoe.sampling import SamplingSettings
 from localmoe.session import Session
 
 IDS = np.random.default_rng(11).integers(0, 250, 40).tolist()
@@ -157,7 +156,7 @@ def closeness(network: Network) -> float:
 def conversation(model: Model) -> str:
     """Two turns through the chat's own loop -> what the model saw in the end, as text."""
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    session = Session(model, settings=SamplingSettings(temperature=0, max_tokens=6))
+    session = Session(model, settings={"temperature": 0, "max_tokens": 6})
     converse(Talk(session, Screen(console, console)), LineReader(io.StringIO("hello\nand then?\n/exit\n")))
     shown = console.file.getvalue()
     assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2, shown

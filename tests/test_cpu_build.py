@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
@@ -26,6 +27,20 @@ def copy_plus_one(v: Any) -> Callable[..., None]:
     def run(source, target, count):  # type: ignore[no-untyped-def]
         for i in range(count):
             v.store(target + i * 8, v.load(v.int64, source + i * 8) + 1)
+
+    return run
+
+
+@kernel("test_zeros", arguments=2)
+def zeros(v: Any) -> Callable[..., None]:
+    held = v.stack(1024)
+
+    def run(target, count):  # type: ignore[no-untyped-def]
+        place = held()
+        for i in range(0, 4 * count, 4 * v.lanes):
+            v.store(place + i, v.zero(v.f32))
+        for i in range(0, 4 * count, 4):
+            v.store(target + i, v.load(v.int32, place + i))
 
     return run
 
@@ -113,6 +128,25 @@ def test_exp_rounding_and_halves_agree_with_numpy(which: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("which", ISAS)
+def test_a_loop_that_stores_zeros_calls_nothing(which: str, tmp_path: Path) -> None:
+    """An object that expects a function of the C library would move the constants of those loaded with it."""
+    assert build.outside(build.emitted("test_zeros", isa.named(which))) == []
+    kernels = Kernels(isa.named(which), tmp_path)
+    kernels.prepare(("test_zeros", "test_floats"))
+    found = np.full(160, 7, np.int32)
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)(kernels.address("test_zeros"))(found.ctypes.data, 128)
+    assert found.tolist() == [0] * 128 + [7] * 32
+
+
+def test_what_an_object_calls_is_told() -> None:
+    target = build.target_machine(isa.host_isa())
+    text = "declare void @memset()\ndefine void @f() {\n  call void @memset()\n  ret void\n}\n"
+    module = llvm.parse_assembly(text)
+    module.triple = isa.host_isa().triple
+    assert build.outside(bytes(target.emit_object(module))) == ["memset"]
+
+
+@pytest.mark.parametrize("which", ISAS)
 def test_integer_products_are_exact_at_the_ends_of_their_ranges(which: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     data = np.concatenate([rng.integers(0, 256, 64), rng.integers(-127, 128, 32) & 255]).astype(np.uint8)
@@ -180,7 +214,8 @@ def test_a_warm_start_never_imports_numba(tmp_path: Path) -> None:
 
 
 def test_an_instruction_set_that_the_host_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "_host_features", dict)
+    bare = isa.host()._replace(features={})
+    monkeypatch.setattr(isa, "host", lambda: bare)
     assert isa.runnable() == ("portable",)
     with pytest.raises(DeviceError, match="'avx2' cannot run on this processor; possible: portable"):
         isa.named("avx2")

@@ -24,7 +24,12 @@ from localmoe.kernels.cpu import activations, gemm, isa, matmul
 from localmoe.kernels.cpu.dequantise import BLOCKS
 
 ISAS = isa.runnable()
-COLUMNS = {"f32": (1, 3, 24, 64, 96, 320, 1408), "q8_32": (32, 96, 288, 1408, 10944), "q8_256": (256, 512, 2304)}
+WIDE = 2 * matmul.FLOAT_COLUMNS + 512
+COLUMNS = {
+    "f32": (1, 3, 24, 64, 96, 320, 1408, WIDE + 67),
+    "q8_32": (32, 96, 288, 1408, 10944),
+    "q8_256": (256, 512, 2304),
+}
 GENERIC = sorted(set(BLOCKS) - set(matmul.FAST))
 
 
@@ -79,7 +84,7 @@ def test_a_generic_product_equals_the_exact_one(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(matmul.FAST) - {"F32", "BF16"}))
 def test_a_rows_result_has_the_same_bits_however_the_rows_are_shared_out(name: str, which: str) -> None:
     rng = np.random.default_rng(5)
-    rows, x = random_rows(name, 11, 512, rng), rng.standard_normal(512, np.float32)
+    rows, x = random_rows(name, 11, WIDE, rng), rng.standard_normal(WIDE, np.float32)
     whole = multiplied(which, name, rows, x)
     for cuts in ((1,), (5,), (2, 3, 10)):
         assert (multiplied(which, name, rows, x, cuts).view(np.uint32) == whole.view(np.uint32)).all()

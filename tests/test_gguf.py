@@ -76,6 +76,30 @@ def test_arrays_of_strings_keep_tokens_that_are_not_utf8_in_their_place(tmp_path
     assert open_gguf(write_gguf(tmp_path / "m.gguf", {"t": tokens})).metadata["t"] == ["a", "\ufffd\ufffd", "", "ü"]
 
 
+def test_strings_that_are_not_wanted_are_counted(tmp_path: Path) -> None:
+    keys = {
+        "name": "é",
+        "t": Typed(ARRAY, ["a", b"\xff\xfe", "", "ü"], STRING),
+        "empty": Typed(ARRAY, [], STRING),
+        "n": 3,
+    }
+    path = write_gguf(tmp_path / "m.gguf", keys, [Tensor("a", (32,))])
+    whole, counted = open_gguf(path), open_gguf(path, words=False)
+    assert counted.metadata == {**whole.metadata, "t": [""] * 4}
+    assert counted.tensors["a"].slabs[0].tobytes() == whole.tensors["a"].slabs[0].tobytes()
+
+
+@pytest.mark.parametrize("length", [HUGE, (1 << 64) - 1, 1 << 20, 40])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_counting_stops_where_the_file_does(tmp_path: Path, place: int, length: int) -> None:
+    whole = gguf_bytes({"t": Typed(ARRAY, ["aaaa", "bbbb", "cccc"], STRING)})
+    at = whole.index((b"aaaa", b"bbbb", b"cccc")[place]) - 8
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole[:at] + struct.pack("<Q", length) + whole[at + 8 :])
+    with pytest.raises(FileFormatError, match=r"of key 't' ends beyond|in key 't' lies beyond"):
+        open_gguf(path, words=False)
+
+
 def test_empty_arrays_are_read(tmp_path: Path) -> None:
     found = open_gguf(
         write_gguf(tmp_path / "m.gguf", {"s": Typed(ARRAY, [], STRING), "n": Typed(ARRAY, [], 4)})
@@ -180,6 +204,8 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         refusal(path)
+        with pytest.raises(LocalMoeError):
+            open_gguf(path, words=False)
     path.write_bytes(whole)
     assert len(open_gguf(path).tensors) == 2
 
@@ -189,10 +215,11 @@ def test_huge_numbers_in_any_place_are_refused_or_harmless(tmp_path: Path) -> No
     for at in range(4, len(whole) - 8):
         for number in (HUGE, HUGE - 1, (1 << 64) - 1, 1 << 40):
             path.write_bytes(whole[:at] + struct.pack("<Q", number) + whole[at + 8 :])
-            try:
-                open_gguf(path)
-            except LocalMoeError as error:
-                assert "\n" not in str(error)  # noqa: PT017
+            for words in (True, False):
+                try:
+                    open_gguf(path, words=words)
+                except LocalMoeError as error:
+                    assert "\n" not in str(error)  # noqa: PT017
 
 
 BROKEN = {

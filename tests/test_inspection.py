@@ -83,8 +83,8 @@ def test_latent_attention_keeps_one_latent_and_one_rope_key(latent: Path) -> Non
 
 
 def test_a_kv_format_that_is_none_is_refused(grouped: Path) -> None:
-    with pytest.raises(SettingError, match="'q4_0' is not known; these are: f32, f16, q8_0"):
-        report(grouped, None, "q4_0")
+    with pytest.raises(SettingError, match="'q5_0' is not known; these are: f32, f16, q8_0, q4_0"):
+        report(grouped, None, "q5_0")
 
 
 def test_shared_experts_are_active_and_routed_ones_as_far_as_chosen(latent: Path) -> None:

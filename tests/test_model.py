@@ -14,7 +14,7 @@ import pytest
 from tiny_models import END, VOCABULARY, deepseek2, qwen3moe, qwen3next
 
 import localmoe
-import localmoe.model
+import localmoe.network
 from localmoe.errors import DeviceError, LocalMoeError, SettingError, TemplateError, TokenizerError, UnsupportedError
 from localmoe.notebook import LoadedModel
 from localmoe.sampling import SamplingSettings
@@ -247,7 +247,7 @@ def test_a_closed_model_has_forgotten_what_it_cached(files: dict[str, Path]) -> 
 
 def test_the_context_is_the_trained_one_unless_asked(files: dict[str, Path]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(localmoe.model, "DEFAULT_CONTEXT", 200)
+        patch.setattr(localmoe.network, "DEFAULT_CONTEXT", 200)
         assert localmoe.load(files["gqa"], device="reference").context == 200
     assert localmoe.load(files["gqa"], device="reference").context == 300
     assert localmoe.load(files["gqa"], device="reference", context=1000).context == 1000
@@ -277,7 +277,7 @@ def test_ids_outside_the_vocabulary_are_refused(model: LoadedModel, ids: list[in
         ({"device": "tpu"}, DeviceError, "'tpu'.*cpu, reference"),
         ({"lazy": "gpu"}, SettingError, "'gpu'.*auto, mmap, slots, off"),
         ({"lazy": "off", "memory": "8GiB"}, SettingError, "--memory is for --lazy slots or auto, not for --lazy off"),
-        ({"kv_format": "q4_0"}, SettingError, "'q4_0'.*f32, f16, q8_0"),
+        ({"kv_format": "q5_0"}, SettingError, "'q5_0'.*f32, f16, q8_0, q4_0"),
         ({"threads": 0}, SettingError, "0 threads.*1 to 256"),
         ({"threads": 257}, SettingError, "257 threads.*1 to 256"),
         ({"context": 0}, SettingError, "0 tokens.*at least 1"),
@@ -298,14 +298,14 @@ def test_a_cache_that_memory_cannot_hold_is_refused_with_the_numbers(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     per_token = 2 * 2 * 2 * (16 + 16)  # 2 bytes, 2 blocks, 2 kv-heads, keys and values of 16
-    monkeypatch.setattr(localmoe.model, "available_nbytes", lambda: 100 * per_token)
+    monkeypatch.setattr(localmoe.network, "available_nbytes", lambda: 100 * per_token)
     with pytest.raises(DeviceError, match=r"300 tokens needs 76\.8 kB .* 25\.6 kB are free; at most 100 tokens fit"):
         localmoe.load(files["gqa"])
     with pytest.raises(DeviceError, match="at most 50 tokens fit"):
         localmoe.load(files["gqa"], kv_format="f32")
     localmoe.load(files["gqa"], context=100).close()
     per_token = 2 * 2 * (34 + 34)  # a head of 16 takes a whole block
-    monkeypatch.setattr(localmoe.model, "available_nbytes", lambda: 40 * per_token)
+    monkeypatch.setattr(localmoe.network, "available_nbytes", lambda: 40 * per_token)
     with pytest.raises(DeviceError, match=r"300 tokens needs 81\.6 kB .* at most 40 tokens fit"):
         localmoe.load(files["gqa"], kv_format="q8_0")
 

@@ -307,11 +307,11 @@ def test_what_is_no_size_is_refused_before_the_model_is_looked_at(
     words: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["plan", "no such file", *words])
+        main(["plan", "nothing.gguf", *words])
     assert ended.value.code == 2
     assert "such as 8GiB" in capsys.readouterr().err
 
 
 def test_a_kv_format_that_is_none_is_refused(tiny: Path) -> None:
     with pytest.raises(SettingError):
-        outlook(open_network(tiny), kv_format="q4_0")
+        outlook(open_network(tiny), kv_format="q3_0")

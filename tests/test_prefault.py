@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_it_stops_between_two_pieces(tmp_path: Path) -> None:
     weight = mapped(path, 64 << 30)  # a hole of which the disk holds nothing
     prefault = Prefault([weight])
     prefault.stop()
+    assert resident_nbytes(path) < 8 << 30
+
+
+@linux
+def test_it_stops_when_nobody_holds_it_any_more(tmp_path: Path) -> None:
+    """A model that is dropped without close does not go on to read its 20 GB."""
+    path = tmp_path / "weights"
+    prefault = Prefault([mapped(path, 64 << 30)])
+    thread = prefault._thread
+    del prefault
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
     assert resident_nbytes(path) < 8 << 30
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from localmoe.kernels.cpu.lower import LOWERINGS, Arena, Lowering
 from localmoe.kernels.ops import Ops, trace
 from localmoe.kernels.program import Program, RopeTable, Router, Tensor
 from localmoe.kernels.reference import ReferenceDevice
+from localmoe.kernels.rewrites import shared_early
 
 RANDOM = np.random.default_rng(1)
 ROPE = RopeTable(np.float32([1, 0.5]), "pairs")
@@ -184,6 +186,56 @@ def lowered(program: Program) -> Lowering:
     lowering = Lowering(cast(CpuDevice, device), program)
     lowering.run()
     return lowering
+
+
+def with_shared_expert(ops: Ops, gated: bool = False) -> Tensor:
+    """One layer: 2 of 6 experts and a shared one, whose share a sigmoid may give."""
+    x = ops.embed(zeros(10, 32, format="F16"), ops.input)
+    h = ops.rms_norm(x, zeros(32), 1e-5)
+    ids, shares = ops.route(ops.linear(h, zeros(6, 32), exact=True), Router("softmax", 2, normalise=True))
+    up, down = zeros(6, 64, 32, format="Q8_0"), zeros(6, 32, 64, format="F16")
+    chosen = ops.experts(h, ids, shares, up, up, down)
+    shared = ops.linear(ops.glu(*ops.linears(h, (zeros(64, 32), zeros(64, 32)))), zeros(32, 64))
+    if gated:
+        shared = ops.glu(ops.linear(h, zeros(1, 32), exact=True), shared, "sigmoid")
+    x = ops.add(x, ops.add(chosen, shared))
+    return ops.linear(ops.logit_rows(x), zeros(10, 32, format="F16"))
+
+
+def test_a_shared_expert_waits_for_nobody() -> None:
+    program = trace(with_shared_expert, 1)
+    found = shared_early(program)
+    names = "embed rms_norm linear linear glu route linear experts add add linear"
+    assert " ".join(op.name for op in found.ops) == names
+    assert set(map(id, found.ops)) == set(map(id, program.ops))
+    waits = [sum(lowered(p)._barriers) for p in (program, found)]
+    assert waits[1] == waits[0] - 1
+    lowering = lowered(found)
+    down = next(i for i, op in enumerate(found.ops) if op.name == "experts") - 1
+    behind = [waiting for waiting, owner in zip(lowering._barriers, lowering.owners, strict=True) if owner == down]
+    assert not any(behind), "its last product and the experts' first are one region"
+
+
+def test_a_gated_shared_expert_and_a_model_without_one() -> None:
+    gated = shared_early(trace(partial(with_shared_expert, gated=True), 1))
+    names = "embed rms_norm linear linear glu linear route linear experts glu add add linear"
+    assert " ".join(op.name for op in gated.ops) == names
+    plain = trace(small_model, 1)
+    assert [*map(id, shared_early(plain).ops)] == [*map(id, plain.ops)]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_order_of_a_shared_expert_changes_no_bit(gated: bool) -> None:
+    program = trace(partial(with_shared_expert, gated=gated), 1)
+    results = []
+    for each in (program, shared_early(program)):
+        device = ReferenceDevice(16)
+        results.append(device.compile(each).run(np.array([3], np.int32), 0))
+        written: set[int] = {each.input.buffer}
+        for op in each.ops:
+            assert {t.buffer for t in op.inputs} <= written
+            written.update(t.buffer for t in op.outputs)
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("tokens", [1, 8])

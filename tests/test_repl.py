@@ -31,20 +31,21 @@ from localmoe.engine import Stats
 from localmoe.errors import FileFormatError, TokenizerError
 from localmoe.experts.loading import Loading
 from localmoe.experts.telemetry import Counts, Room
+from localmoe.folders import state_folder
 from localmoe.memory import Resident
 from localmoe.repl import residency
 from localmoe.repl.commands import COMMANDS
 from localmoe.repl.input import (
-    CommandCompleter,
     LineReader,
     TerminalReader,
+    command_completer,
     history_at,
     is_complete,
     message_of,
     open_reader,
-    state_folder,
 )
 from localmoe.repl.loop import converse
+from localmoe.repl.models import OpenModels
 from localmoe.repl.render import DelayedBar, Screen, visible
 from localmoe.repl.talk import Talk
 from localmoe.session import Session
@@ -84,7 +85,7 @@ def test_a_short_conversation() -> None:
 
 def test_reopen_goes_on_with_a_fresh_model_and_closes_the_old_one() -> None:
     old, fresh, on = FakeModel(REPLIES), FakeModel(REPLIES), screen()
-    talk = Talk(Session(old), on, lambda loading: fresh)
+    talk = Talk(Session(old), on, OpenModels(old, lambda path, loading: fresh))
     converse(talk, LineReader(io.StringIO("hello\n/reopen\nutf\n")))
     assert on.console.file.getvalue() == "Hi there.\n\n(fake-moe opened anew)\nnaïve 🙂\n\n"
     assert (talk.session.model, old.closed, fresh.closed) == (fresh, True, False)
@@ -92,11 +93,11 @@ def test_reopen_goes_on_with_a_fresh_model_and_closes_the_old_one() -> None:
 
 
 def test_a_reopen_that_fails_leaves_the_old_model_at_work() -> None:
-    def load(loading: Loading) -> FakeModel:
+    def load(path: Path, loading: Loading) -> FakeModel:
         raise FileFormatError("m.gguf: no such file")
 
     old, on = FakeModel(REPLIES), screen()
-    converse(Talk(Session(old), on, load), LineReader(io.StringIO("hello\n/reopen\nutf\n")))
+    converse(Talk(Session(old), on, OpenModels(old, load)), LineReader(io.StringIO("hello\n/reopen\nutf\n")))
     assert "m.gguf: no such file" in on.console.file.getvalue()
     assert on.console.file.getvalue().endswith("naïve 🙂\n\n")
     assert not old.closed
@@ -174,7 +175,9 @@ def test_a_full_context_is_told_with_the_way_out() -> None:
         "",
         "the conversation has 29 tokens and the context holds 20: shorten it, start it ",
         "afresh, or open the model with a larger --context",
-        "(conversation forgotten)",
+        "(/trim N leaves out the oldest turns, /summary sums them up, /ctx drop does ",
+        "without them, /clear starts anew)",
+        "(a new conversation)",
         "Hi there.",
         "",
     ]
@@ -191,7 +194,7 @@ def test_system_shows_sets_and_removes() -> None:
 
 
 def test_the_template_is_shown() -> None:
-    assert "plain\n{% for m in messages %}" in chat("/template")
+    assert "plain\n{% for m in messages %}" in chat("/template show")
 
 
 def test_regen_answers_again_and_needs_an_answer() -> None:
@@ -204,7 +207,7 @@ def test_an_empty_answer_is_told() -> None:
 
 def test_stats_count_tokens_and_speed() -> None:
     talk = Talk(Session(FakeModel(REPLIES)), screen())
-    talk.session.engine.stats = Stats(30, 10, 0.5, 8, 2.0)
+    talk.session.engine.stats = Stats(30, 10, prefill_seconds=0.5, generated_tokens=8, decode_seconds=2.0)
     converse(talk, LineReader(io.StringIO("/stats\n")))
     assert [line.rstrip() for line in talk.screen.console.file.getvalue().splitlines()] == [
         "prompt   30 tokens, 10 of them kept from before",
@@ -395,23 +398,49 @@ def test_control_characters_of_a_file_name_or_setting_are_shown_too() -> None:
     assert "\x1b" not in chat("/set \x1b[2J", "/\x1b[2J", "/system \x1b[2J", "/system")
 
 
-def test_reasoning_is_dim_on_a_terminal_and_labelled_elsewhere() -> None:
-    model = FakeModel({"q": "<think>\nhm\n</think>\n\nYes."})
+def thinker(reply: str = "<think>\nhm, so\n</think>\n\nYes.", **how: Any) -> FakeModel:
+    model = FakeModel({"q": reply, **REPLIES}, **how)
     model.reasoning = ("<think>", "</think>")
-    assert chat("q", model=model) == "(reasoning)\nhm\n\n(answer)\nYes.\n\n"
-    on = screen(terminal=True)
-    told = chat("q", model=FakeModel(model.replies), on=on)
-    assert "\x1b[2m" not in told, "no markers, nothing dim"
-    again = FakeModel(model.replies)
-    again.reasoning = model.reasoning
-    told = chat("q", model=again, on=screen(terminal=True))
-    assert "".join(told.replace("\x1b[0m", "").split("\x1b[2m")) == "hm\n\nYes.\n\n"
-    assert told.index("\x1b[2mh") < told.index("Y")
+    return model
+
+
+def test_reasoning_is_labelled_off_a_terminal() -> None:
+    assert chat("q", model=thinker()) == "(reasoning)\nhm, so\n\n(answer)\nYes.\n\n"
+
+
+def test_reasoning_that_nothing_follows_is_told() -> None:
+    assert chat("q", model=thinker("<think>hm")) == "(reasoning)\nhm\n(no answer followed the reasoning)\n\n"
+
+
+def test_ctrl_c_while_it_thinks_says_so() -> None:
+    model = thinker()
+
+    def press() -> None:
+        if model.cached[-2:] == [*b"hm"]:
+            signal.raise_signal(signal.SIGINT)
+
+    model.before_call = press
+    told = chat("q", "hello", model=model)
+    assert told == "(reasoning)\nhm, \n(stopped while it was thinking)\n\nHi there.\n\n"
 
 
 def test_nothing_of_ours_is_wider_than_a_narrow_window() -> None:
     told = chat("/help", "/set", "/hlep", "/set top_p 9", "hello", "/stats", on=screen(width=40))
     assert max(map(len, told.splitlines())) <= 40
+
+
+def test_in_a_narrow_window_long_titles_stand_above_their_texts() -> None:
+    on = screen(width=40)
+    on.rows([("/lazy [off|mmap|slots [SIZE]|auto]", "show or change how weights are loaded"), ("/exit", "leave")])
+    on.rows([("process", "4.70 GB of its own, 1.10 GB of files")])
+    assert rows_of(on.console.file.getvalue()) == [
+        "/lazy [off|mmap|slots [SIZE]|auto]",
+        "  show or change how weights are loaded",
+        "/exit",
+        "  leave",
+        "process  4.70 GB of its own, 1.10 GB of",
+        "         files",
+    ]
 
 
 def test_ctrl_c_in_mid_answer_keeps_the_part_and_the_next_prompt_works() -> None:
@@ -553,15 +582,17 @@ def test_open_quotes_and_a_backslash_wait_for_more() -> None:
 
 
 def completions(typed: str) -> list[str]:
-    return [c.text for c in CommandCompleter().get_completions(Document(typed), CompleteEvent())]
+    talk = Talk(Session(FakeModel()), screen())
+    return [c.text for c in command_completer(talk).get_completions(Document(typed), CompleteEvent())]
 
 
 def test_completion_reads_the_command_table_and_the_settings() -> None:
-    assert completions("/s") == ["system", "set", "stats"]
+    assert completions("/s") == ["summary", "system", "set", "stats", "save"]
     assert completions("/set top") == ["top_k", "top_p"]
     assert completions("/help reg") == ["regen"]
     assert completions("/lazy s") == ["slots"]
     assert completions("hello /s") == completions("/nothing ") == completions("/set top_k 1") == []
+    assert completions("/set top_k ") == ["40"]
 
 
 def test_the_history_is_for_its_owner_only_and_outlives_the_chat(keys: PipeInput, tmp_path: Path) -> None:
@@ -609,14 +640,14 @@ def test_quick_work_shows_no_bar_and_slow_work_shows_one() -> None:
 def test_a_bar_makes_room_for_lines_and_comes_back() -> None:
     on = screen(terminal=True)
     bar = DelayedBar(on.errors, "chunks")
-    with bar.away():
-        assert bar._bar is None
+    seen = []
+    bar.beside(lambda: seen.append(bar._bar))
+    assert seen == [None]
     bar._show()
     shown = bar._bar
     assert shown is not None
-    with bar.away():
-        assert not shown.live.is_started
-        assert on.errors.file.getvalue().endswith("\x1b[2K"), "the line is free"
+    bar.beside(lambda: seen.append((shown.live.is_started, on.errors.file.getvalue()[-4:])))
+    assert seen[1:] == [(False, "\x1b[2K")], "the line is free"
     assert shown.live.is_started
     bar.close()
 

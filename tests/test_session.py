@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes import PAD, PAIR, SYSTEM, FakeModel, PlainTemplate
+from fakes import PAD, PAIR, SYSTEM, ByteStream, FakeModel, PlainTemplate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmoe.conversation.tree import Conversation
 from localmoe.errors import DeviceError, SettingError, TemplateError
-from localmoe.session import Piece, ReasoningSplitter, Session, open_template
+from localmoe.reasoning import Piece, ReasoningSplitter
+from localmoe.session import Session, open_template
 
 THINK = ("<think>", "</think>")
 
@@ -78,17 +80,24 @@ def test_another_model_goes_on_with_the_same_ids_where_its_tokens_are_the_same()
     replies = {"q": "cab", "more": "ok"}
     session = Session(FakeModel(replies))
     say(session, "q")
-    session.take(FakeModel(replies))
+    session = session.with_model(FakeModel(replies))
     assert say(session, "more") == "ok"
     assert PAIR not in session.model.cached, "the model had spelt a, b"
+
+
+class OtherStream(ByteStream):
+    """A vocabulary in which the id of c is C."""
+
+    def push(self, id: int) -> str:
+        return "C" if id == ord("c") else super().push(id)
 
 
 def test_another_model_with_other_tokens_tokenises_anew() -> None:
     replies = {"q": "cab", "more": "ok"}
     session, other = Session(FakeModel(replies)), FakeModel(replies)
-    other.tokenizer.token = lambda id: f"<{id}>"  # type: ignore[method-assign]
+    other.tokenizer.stream = lambda continues=False: OtherStream()  # type: ignore[method-assign]
     say(session, "q")
-    session.take(other)
+    session = session.with_model(other)
     assert say(session, "more") == "ok"
     assert PAIR in session.model.cached
     assert [message["content"] for message in session.messages] == ["q", "cab", "more", "ok"]
@@ -201,11 +210,11 @@ def test_regenerating_nothing_is_refused() -> None:
         list(Session(FakeModel()).regenerate())
 
 
-def test_clear_forgets_messages_and_keeps_system_prompt_and_settings() -> None:
+def test_a_new_conversation_has_no_messages_and_keeps_system_prompt_and_settings() -> None:
     session = Session(FakeModel({"q": "ok"}), system="be brief")
     session.set("top_k", "7")
     say(session, "q")
-    session.clear()
+    session.start(Conversation())
     assert (session.messages, session.system, session.settings.top_k) == ([], "be brief", 7)
     assert say(session, "q") == "ok"
 

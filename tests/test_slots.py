@@ -80,7 +80,7 @@ def test_every_family_says_the_same_bits_at_every_size(path: Path, monkeypatch: 
             assert model.residency_mode == "slots"
             assert model.counts().chosen > 0
     monkeypatch.setattr(localmoe.experts.residence, "available_nbytes", lambda: 10)
-    monkeypatch.setattr("localmoe.model.available_nbytes", lambda: 1 << 40)
+    monkeypatch.setattr("localmoe.network.available_nbytes", lambda: 1 << 40)
     with closing(opened(path, "mmap")) as model:
         assert said(model) == expected
         assert model.uses() is not None  # experts were asked for before they were touched

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import copied
 from tiny_models import END, VOCABULARY, qwen3next
 
 import localmoe
@@ -58,6 +59,14 @@ def test_what_was_forgotten_is_not_gone_back_to() -> None:
         stepped(states, position, 100)
     states.forget(190)
     assert [states.nearest(n) for n in (300, 190, 183)] == [184, 184, 84]
+
+
+def test_states_from_elsewhere_are_gone_back_to() -> None:
+    states = States(4)
+    states.put(states.emptied(), 50)
+    stepped(states, 50, 60)
+    assert [states.nearest(n) for n in (110, 93, 50, 49)] == [110, 50, 50, 0]
+    assert states.positions() == [50, 94, 110]
 
 
 @pytest.mark.parametrize("count", [3, 4, 10])
@@ -128,12 +137,13 @@ def test_another_answer_to_the_same_prompt_runs_few_tokens_again(model: LoadedMo
 def test_a_conversation_is_taken_back_and_edited(model: LoadedModel, path: Path) -> None:
     """Regenerated, and with an earlier message changed: the answers are those of a model that saw nothing else."""
 
-    def fresh(messages: list[dict[str, str]]) -> str:
+    def fresh() -> str:
         other = localmoe.load(path, kv_format="f32", threads=1)
         chat = other.chat(system=None)
         chat.session.settings = GREEDY
-        chat.session.messages[:] = messages[:-1]
-        answer = "".join(piece for piece in chat.send(messages[-1]["content"]))
+        *before, question, _ = session.conversation.path()
+        chat.session.start(copied(session.conversation, before[-1].id))
+        answer = "".join(chat.send(question.content))
         other.close()
         return answer
 
@@ -143,10 +153,10 @@ def test_a_conversation_is_taken_back_and_edited(model: LoadedModel, path: Path)
     for text in ("hello there, how are you today?", "tell me about the cat", "and more"):
         "".join(chat.send(text))
     regenerated = "".join(piece.text for piece in session.regenerate())
-    assert regenerated == fresh(session.messages[:5])
-    session.messages[2:] = []
+    assert regenerated == fresh()
+    session.conversation.move(session.conversation.path()[1].id)
     edited = "".join(chat.send("tell me about the dog instead"))
-    assert edited == fresh(session.messages[:3])
+    assert edited == fresh()
 
 
 def test_scoring_between_two_steps_of_an_answer_does_not_disturb_it(model: LoadedModel) -> None:
@@ -220,6 +230,6 @@ def test_memory_counts_every_slot(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cache == 100 * program.cache_nbytes(localmoe.formats.F16) + 10 * once  # type: ignore[attr-defined]
     rows = {name: value for _, section in report(path) for name, value in section}
     assert rows["recurrent states"] == "614 kB: 61.4 kB at each of 10 positions to go on from"
-    monkeypatch.setattr(localmoe.model, "available_nbytes", lambda: 10 * once + 30 * 128)
+    monkeypatch.setattr(localmoe.network, "available_nbytes", lambda: 10 * once + 30 * 128)
     with pytest.raises(DeviceError, match=r"for keys, values and recurrent states, .* at most 30 tokens fit"):
         localmoe.load(path)

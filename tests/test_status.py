@@ -39,7 +39,7 @@ def on(terminal: Terminal, **how: Any) -> Console:
 
 def streamed(pieces: list[str], terminal: Terminal, below: str, *, watch: bool = False) -> list[str]:
     """All lines of a terminal after an answer in pieces."""
-    answer = Answer(on(terminal), below=(lambda columns: below[:columns]) if below else None)
+    answer = Answer(on(terminal), markdown=False, below=(lambda columns: below[:columns]) if below else None)
     for piece in pieces:
         answer.write("answer", piece)
         if watch and below and not terminal.waits and not answer.empty:
@@ -66,7 +66,7 @@ def test_a_text_stands_on_the_terminal_as_if_there_had_been_no_line(
 def test_the_line_is_redrawn_in_one_piece_with_the_text() -> None:
     terminal = Terminal(40, 8)
     console = on(terminal)
-    answer = Answer(console, below=lambda columns: STATUS)
+    answer = Answer(console, markdown=False, below=lambda columns: STATUS)
     written: list[str] = []
     wire = console.file
     write = wire.write
@@ -81,7 +81,7 @@ def test_the_line_is_redrawn_in_one_piece_with_the_text() -> None:
 def test_there_is_no_line_off_a_terminal_on_a_dumb_one_and_on_one_too_low(how: dict[str, Any]) -> None:
     terminal = Terminal(40, 8)
     console = on(terminal, **how)
-    answer = Answer(console, below=lambda columns: STATUS)
+    answer = Answer(console, markdown=False, below=lambda columns: STATUS)
     answer.write("answer", "one\n\ntwo")
     answer.end()
     assert console.file.getvalue() == "one\n\ntwo\n"
@@ -89,7 +89,7 @@ def test_there_is_no_line_off_a_terminal_on_a_dumb_one_and_on_one_too_low(how: d
 
 def test_without_colour_the_line_is_still_there() -> None:
     terminal = Terminal(40, 8)
-    answer = Answer(on(terminal, no_color=True), below=lambda columns: STATUS)
+    answer = Answer(on(terminal, no_color=True), markdown=False, below=lambda columns: STATUS)
     answer.write("answer", "one")
     assert terminal.lines == ["one", STATUS]
 
@@ -99,7 +99,7 @@ def test_where_terminals_differ_in_width_the_line_waits_for_a_new_one(text: str)
     assert end_column(text, 0, 40) is None
     assert end_column(text + "\nab", 0, 40) == 2
     terminal = Terminal(40, 8)
-    answer = Answer(on(terminal), below=lambda columns: STATUS)
+    answer = Answer(on(terminal), markdown=False, below=lambda columns: STATUS)
     answer.write("answer", "one")
     answer.write("answer", text)
     assert STATUS not in terminal.lines
@@ -108,7 +108,7 @@ def test_where_terminals_differ_in_width_the_line_waits_for_a_new_one(text: str)
 def test_a_window_of_another_width_is_believed_from_the_next_line_on() -> None:
     terminal = Terminal(40, 8)
     console = on(terminal)
-    answer = Answer(console, below=lambda columns: STATUS)
+    answer = Answer(console, markdown=False, below=lambda columns: STATUS)
     answer.write("answer", "one")
     console.width = 30
     answer.write("answer", " two")

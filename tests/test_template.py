@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from localmoe.errors import TemplateError
-from localmoe.template import NAMED, Template, choices, reasoning_markers
+from localmoe.template import NAMED, Template, choices, named_source, reasoning_markers
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -70,7 +70,17 @@ REAL = [
     ("gemma", "templates/llama.cpp/google-gemma-2-2b-it.jinja", False),
     ("llama2", "llama2-chat", True),
     ("llama3", "Llama-3", True),
-    ("mistral", "templates/mistral-common/v3_spm.jinja", False),
+    ("deepseek-r1", "templates/llama.cpp/deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja", True),
+    ("deepseek-v2", "DeepSeek-V2", True),
+    ("glm4", "ChatGLM4", True),
+    ("granite", "ibm-granite/granite-3.0-8b-instruct", True),
+    ("mistral-v3", "templates/mistral-common/v3_spm.jinja", False),
+    (
+        "mistral-v3-tekken",
+        "Mistral-Nemo-Instruct-2407 (mistralai 'v3-tekken' template; modified to have system prompt at start)",
+        False,
+    ),
+    ("mistral-v7-tekken", "templates/mistral-common/v7.jinja", True),
     ("phi3", "Phi-3-vision", True),
     ("vicuna", "eachadea/vicuna-13b-1.1", True),
     ("zephyr", "zephyr", True),
@@ -92,11 +102,41 @@ def real_source(conformance: Path, real: str) -> str:
 def test_a_named_template_writes_what_the_models_own_writes(
     conformance: Path, name: str, real: str, system: bool
 ) -> None:
-    eos = "<\uff5cend\u2581of\u2581sentence\uff5c>" if name == "deepseek" else "</s>"
+    eos = "<\uff5cend\u2581of\u2581sentence\uff5c>" if name.startswith("deepseek") else "</s>"
     ours = Template(NAMED[name], name=name, bos="<s>", eos=eos)
     theirs = Template(real_source(conformance, real), name=real, bos="<s>", eos=eos)
     for messages in [HELLO, TALK, *([[SYSTEM, *HELLO], [SYSTEM, *TALK]] if system else [])]:
         assert ours.render(messages) == theirs.render(messages)
+
+
+# Forms of which no real template is at hand, from their documentation (model cards, llama.cpp's llama-chat.cpp).
+DOCUMENTED = {
+    "llama4": "<s><|header_start|>system<|header_end|>\n\nBe brief.<|eot|><|header_start|>user<|header_end|>\n\n"
+    "Hello<|eot|><|header_start|>assistant<|header_end|>\n\n",
+    "phi4": "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hello<|im_end|>"
+    "<|im_start|>assistant<|im_sep|>",
+    "phi4-mini": "<|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>",
+    "mistral-v1": "<s>[INST] Be brief.\n\nHello [/INST]",
+    "mistral-v7": "<s>[SYSTEM_PROMPT] Be brief.[/SYSTEM_PROMPT][INST] Hello[/INST]",
+    "gpt-oss": "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+    "Knowledge cutoff: 2024-06\n\nReasoning: medium\n\n"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
+    "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>Hello<|end|>"
+    "<|start|>assistant",
+}
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED))
+def test_a_named_template_writes_what_is_documented(name: str) -> None:
+    assert Template(NAMED[name], name=name, bos="<s>", eos="</s>").render([SYSTEM, *HELLO]) == DOCUMENTED[name]
+
+
+def test_gpt_oss_keeps_the_final_message_of_an_answer_alone() -> None:
+    said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi there"
+    turns = [HELLO[0], {"role": "assistant", "content": said}, TALK[-1]]
+    template = Template(NAMED["gpt-oss"], name="gpt-oss")
+    assert template.render(turns) == template.render(TALK)
+    assert "<|start|>assistant<|channel|>final<|message|>Hi there<|end|>" in template.render(TALK)
 
 
 def test_an_if_without_else_renders_in_a_template_whose_name_has_an_apostrophe() -> None:
@@ -107,7 +147,7 @@ def test_an_if_without_else_renders_in_a_template_whose_name_has_an_apostrophe()
 # templates by name
 
 
-@pytest.mark.parametrize("name", choices())
+@pytest.mark.parametrize("name", sorted(NAMED))
 def test_every_named_template_carries_system_history_and_question(name: str) -> None:
     text = Template(NAMED[name], name=name, bos="<s>", eos="</s>").render([SYSTEM, *TALK])
     places = [text.index(part) for part in ("Be brief.", "Hello", "Hi there", "Who are you?")]
@@ -116,9 +156,13 @@ def test_every_named_template_carries_system_history_and_question(name: str) -> 
 
 
 def test_the_names_are_those_promised() -> None:
-    assert choices() == sorted(
-        "alpaca chatml command-r deepseek gemma llama2 llama3 mistral phi3 vicuna zephyr".split()
-    )
+    named = (
+        "alpaca chatml command-r deepseek deepseek-r1 deepseek-v2 gemma glm4 gpt-oss granite llama2 llama3 llama4 "
+        "mistral-v1 mistral-v3 mistral-v3-tekken mistral-v7 mistral-v7-tekken phi3 phi4 phi4-mini vicuna zephyr"
+    ).split()
+    assert sorted(NAMED) == named
+    assert choices() == sorted([*named, *"cohere deepseek-v3 glm harmony mistral phi qwen".split()])
+    assert named_source("qwen") == NAMED["chatml"] and named_source("none") is None
 
 
 def test_reasoning_markers_are_those_the_template_uses() -> None:

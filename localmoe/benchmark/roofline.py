@@ -106,8 +106,8 @@ def profiled(
         times[turn] = [_seconds(partial(plan.run_entry, i)) for i in range(times.shape[1])]
         whole.append(_seconds(partial(plan.run, ids[step.depth :], step.depth)))
         times[turn] = without_calls(times[turn], whole[-1])
-    works = [op_work(program, op, step.tokens, step.depth, kv) for op in program.ops]
-    return tuple(_rows(program, plan.entries(), plan.owners(), works, times, rates)), median(whole)
+    works = [op_work(program, op, step.tokens, step.depth, kv) for op in plan.program.ops]
+    return tuple(_rows(plan.program, plan.entries(), plan.owners(), works, times, rates)), median(whole)
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from localmoe.cli import conversation, conversion, experts, inspection, measurement, verification
+from localmoe.cli import conversation, conversion, experts, inspection, measurement, models, verification
 from localmoe.cli.command import app
 from localmoe.errors import LocalMoeError
 
@@ -25,6 +25,7 @@ __all__ = [
     "inspection",
     "main",
     "measurement",
+    "models",
     "verification",
 ]  # the modules add their commands to the app
 

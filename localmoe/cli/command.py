@@ -6,6 +6,7 @@ Imports nothing heavy at the top: `localmoe --help` and a mistyped flag should a
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from localmoe.errors import SettingError
+from localmoe.named_templates import ALIASES, NAMED
 from localmoe.settings import SETTINGS, SamplingSettings, is_whole
 
 if TYPE_CHECKING:
@@ -30,14 +32,32 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MODEL_HELP = "A GGUF file (of a split model: any part) or a Hugging Face folder."
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+
+def model_path(name: str) -> Path:
+    """Where the model lies that was asked for, by path or by name. Raises FileFormatError."""
+    if os.path.exists(name):
+        return Path(name)
+    from localmoe.discovery.names import resolve
+
+    return resolve(name)
+
+
+MODEL_HELP = "A GGUF file (of a split model: any part), a Hugging Face folder, or a name that `localmoe models` lists."
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False, parser=model_path)]
 ModelOrBundled = Annotated[
-    Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Without it, the small model that comes along.")
+    Path | None,
+    typer.Argument(
+        metavar="MODEL", help=MODEL_HELP + " Without it, the small model that comes along.", parser=model_path
+    ),
 ]
 System = Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")]
 TemplateName = Annotated[
-    str | None, typer.Option("--template", metavar="NAME|FILE", help="Chat template instead of the model's own.")
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="NAME|FILE",
+        help=f"Chat template instead of the model's own: a file, or {', '.join(sorted({*NAMED, *ALIASES}))}.",
+    ),
 ]
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens that the conversation may have.")]
 Threads = Annotated[
@@ -45,10 +65,9 @@ Threads = Annotated[
     typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores that are quick."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
-KeyValueFormat = Annotated[
-    Literal["f32", "f16", "q8_0"],
-    typer.Option("--kv", help="Format of the KV cache: f32, f16, or q8_0 (8 bits, about half the memory of f16)."),
-]
+KeyValues = Literal["f32", "f16", "q8_0", "q4_0"]
+KV_HELP = "Format of the KV cache: f32, f16, q8_0 (half the memory of f16) or q4_0 (a quarter)."
+KeyValueFormat = Annotated[KeyValues, typer.Option("--kv", help=KV_HELP)]
 Quantize = Annotated[
     str | None,
     typer.Option("--quantize", metavar="TYPE", help="Of a folder: quantise its weights on loading: q4_K_M, q8_0 …"),

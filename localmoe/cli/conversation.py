@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from localmoe.cli.command import (
+    KV_HELP,
     Context,
     DeviceName,
     KeyValueFormat,
+    KeyValues,
     ModelArgument,
     ModelOrBundled,
     Quantize,
@@ -24,14 +28,40 @@ from localmoe.cli.command import (
     with_sampling_flags,
 )
 from localmoe.cli.loading import with_loading_flags
-from localmoe.errors import SettingError
+from localmoe.conversation.library import Library
+from localmoe.errors import ConversationError, SettingError
 from localmoe.experts.loading import read_loading
 from localmoe.settings import SamplingSettings
 
 if TYPE_CHECKING:
+    from localmoe.conversation.saved import Saved
+    from localmoe.conversation.tree import Conversation
+    from localmoe.engine import KeptState
     from localmoe.model import Model
+    from localmoe.prompt_cache.cache import PromptCache
     from localmoe.repl.render import Screen
+    from localmoe.repl.talk import Talk
     from localmoe.session import Session
+
+
+KeptKeyValueFormat = Annotated[
+    KeyValues | None, typer.Option("--kv", help=f"{KV_HELP} By default f16, or what the conversation had.")
+]
+Continue = Annotated[bool, typer.Option("--continue", help="Go on with the conversation that was changed last.")]
+Resume = Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a conversation (/list shows them).")]
+NoSave = Annotated[bool, typer.Option("--no-save", help="Keep nothing of this conversation, unless /save names it.")]
+Overflow = Annotated[
+    Literal["stop", "drop", "shift"] | None,
+    typer.Option(help="When the context is full: stop, drop the oldest turns, or shift (drop without reading again)."),
+]
+KeptPrompts = Annotated[
+    str,
+    typer.Option("--prompt-cache", metavar="SIZE|off", help="Room on disk for what was read of conversations, or off."),
+]
+Think = Annotated[
+    str | None,
+    typer.Option(metavar="on|off|EFFORT|show", help="Whether the model reasons, how much, and whether that is shown."),
+]
 
 
 @app.command()
@@ -44,8 +74,14 @@ def chat(
     context: Context = None,
     threads: Threads = None,
     device: DeviceName = "cpu",
-    kv: KeyValueFormat = "f16",
+    kv: KeptKeyValueFormat = None,
     quantize: Quantize = None,
+    overflow: Overflow = None,
+    think: Think = None,
+    go_on: Continue = False,
+    resume: Resume = None,
+    no_save: NoSave = False,
+    prompt_cache: KeptPrompts = "auto",
     *,
     loading: dict[str, Any],
     sampling: dict[str, float | None],
@@ -53,19 +89,99 @@ def chat(
     """Talk to a model in the terminal."""
     from localmoe.repl.input import open_reader
     from localmoe.repl.loop import converse
+    from localmoe.repl.models import OpenModels
     from localmoe.repl.render import Screen
     from localmoe.repl.talk import Talk
 
     screen = Screen()
-    how = {"context": context, "threads": threads, "device": device, "kv_format": kv, "quantize": quantize}
-    with opened(screen, model, lazy=read_loading(**loading), **how) as found:
-        session = open_session(found, template, system, sampling)
-        greet(screen, found, session)
-        talk = Talk(session, screen, lambda asked: load(screen, model, lazy=asked, **how))
-        try:
-            converse(talk, open_reader(screen.is_terminal, session.prepare))
-        finally:
-            talk.model.close()  # which /reopen may have changed
+    library = Library()
+    saved = saved_conversation(library, resume, go_on=go_on, keep=not no_save)
+    path = model or kept_model(saved)
+    opening = how_it_was_opened(saved, context=context, kv_format=kv, quantize=quantize)
+    how = {"threads": threads, "device": device, **opening, "kv_format": opening["kv_format"] or "f16"}
+    try:
+        with opened(screen, path, lazy=read_loading(**loading), **how) as found:
+            models = OpenModels(
+                found,
+                lambda path, asked: load(screen, path, lazy=asked, **how),
+                lambda model: None if no_save else kept_state(cast("Model", model), prompt_cache),
+                {key: value for key, value in opening.items() if value},
+            )
+            kept = models.kept(found)
+            session = open_session(found, template, system, sampling, saved.conversation, kept)
+            talk = Talk(session, screen, models, library=library, saved=saved)
+            try:
+                greet(screen, found, session)
+                begin(talk, overflow, think)
+                converse(talk, open_reader(screen.is_terminal, talk.prepare, talk))
+            finally:
+                talk.close()
+                models.close()
+    finally:
+        saved.close()
+
+
+def kept_state(model: Model, asked: str) -> PromptCache | None:
+    """What keeps a model's KV state, in the room that was asked for. Raises SettingError for a size that is none."""
+    from localmoe.memory import parse_size
+    from localmoe.prompt_cache.cache import open_prompt_cache
+
+    if asked == "off":
+        return None
+    return open_prompt_cache(model, limit=None if asked == "auto" else parse_size(asked))
+
+
+def saved_conversation(library: Library, resume: str | None, *, go_on: bool, keep: bool) -> Saved:
+    """The conversation that the flags mean. Raises ConversationError, SettingError."""
+    if go_on and resume:
+        raise SettingError("--continue and --resume exclude each other: the last conversation, or one by its name")
+    if not go_on and not resume:
+        return library.open_new(keep=keep)
+    if not keep:
+        raise SettingError("--no-save is for new conversations: one that is kept goes on being kept")
+    return library.open_named(resume or library.latest())
+
+
+def kept_model(saved: Saved) -> Path | None:
+    """The model that a conversation was led with. Raises ConversationError when it is gone."""
+    kept = saved.conversation.facts.get("model")
+    if not isinstance(kept, str) or not kept:
+        return None
+    if not os.path.exists(kept):
+        raise ConversationError(f"{saved.name}: was led with {kept}, which is not there any more; name a model")
+    return Path(kept)
+
+
+def how_it_was_opened(saved: Saved, **asked: Any) -> dict[str, Any]:
+    """As asked, else as the conversation's model was opened before: it may need that context. What is no such thing
+    counts as nothing."""
+    from localmoe.formats import KV_FORMATS
+
+    kept = saved.conversation.facts.get("opening")
+    before = kept if isinstance(kept, dict) else {}
+    context, kv, quantize = (before.get(key) for key in ("context", "kv_format", "quantize"))
+    sound = {
+        "context": context if type(context) is int and context > 0 else None,
+        "kv_format": kv if isinstance(kv, str) and kv in KV_FORMATS else None,
+        "quantize": quantize if isinstance(quantize, str) else None,
+    }
+    return {key: asked[key] or sound[key] for key in sound}
+
+
+def begin(talk: Talk, overflow: str | None, think: str | None) -> None:
+    """Take up the conversation where it was left, then what the flags ask for."""
+    from localmoe.repl.commands import execute
+
+    session, screen = talk.session, talk.screen
+    for line in session.recall(but=tuple(session.chosen)):
+        screen.notice(f"({line})")
+    if overflow:
+        session.set_overflow(overflow)
+    if think:
+        execute(talk, f"/think {think}")
+    talk.tell_news()
+    if session.conversation.messages:
+        talk.show_last()
 
 
 @app.command()
@@ -109,12 +225,27 @@ def settings_for(model: Model, sampling: Mapping[str, float | None]) -> Sampling
 
 
 def open_session(
-    model: Model, template: str | None, system: str | None, sampling: Mapping[str, float | None]
+    model: Model,
+    template: str | None,
+    system: str | None,
+    sampling: Mapping[str, float | None],
+    conversation: Conversation | None = None,
+    state: KeptState | None = None,
 ) -> Session:
+    """Of a conversation that goes on, the template stays what it was unless another one is asked for."""
     from localmoe.session import Session, open_template
 
-    chosen = open_template(model, template) if template else None
-    return Session(model, chosen, settings_for(model, sampling), system)
+    kept = conversation.facts.get("template") if conversation else None
+    named = template or (kept if isinstance(kept, str) else None)
+    chosen = open_template(model, named) if named else None
+    return Session(
+        model,
+        chosen,
+        {name: value for name, value in sampling.items() if value is not None},
+        system,
+        conversation=conversation,
+        kept=state,
+    )
 
 
 def greet(screen: Screen, model: Model, session: Session) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli.command import MODEL_HELP, AsJson, Context, KeyValueFormat, ModelArgument, Quantize, app
+from localmoe.cli.command import MODEL_HELP, AsJson, Context, KeyValueFormat, ModelArgument, Quantize, app, model_path
 from localmoe.errors import SettingError
 from localmoe.memory import parse_rate, parse_size
 
@@ -24,7 +24,9 @@ Memory = Annotated[
 
 @app.command(name="inspect")
 def inspect_model(
-    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Settings will do.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP + " Settings will do.", parser=model_path)
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan from a config.json (or Mistral's params.json) alone.")
     ] = None,
@@ -58,7 +60,10 @@ def inspect_model(
 @app.command()
 def plan(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help=MODEL_HELP + " A config.json will do.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="MODEL", help=MODEL_HELP + " A config.json will do.", show_default=False, parser=model_path
+        ),
     ],
     memory: Memory = None,
     disk_speed: Annotated[

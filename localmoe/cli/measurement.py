@@ -24,7 +24,7 @@ def bench(
     threads: Annotated[
         str, typer.Option("--threads", "-t", help="CPU threads; by default the physical cores that are quick.")
     ] = "",
-    kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache: f32, f16, q8_0.")] = "f16",
+    kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache: f32, f16, q8_0, q4_0.")] = "f16",
     device: DeviceName = "cpu",
     quantize: Quantize = None,
     ops: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,8 +88,7 @@ def score_text(screen: Screen, model: Model, asked: Request, as_json: bool) -> N
                 estimates.append(parts[0].perplexity())
                 bar(f"PPL {summary.written(estimates[-1], 4)}", len(estimates), windows.count)
                 if not as_json and summary.is_told(len(estimates)):
-                    with bar.away():
-                        screen.line(summary.running(len(estimates), parts[0]))
+                    bar.beside(partial(screen.line, summary.running(len(estimates), parts[0])))
     finally:
         if parts:
             show(screen, summary.Outcome(windows, parts[0], estimates, perf_counter() - start), asked, model, as_json)

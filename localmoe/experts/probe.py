@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Literal, NamedTuple
 
 from localmoe.experts.pieces import Piece
+from localmoe.interrupt import start_threads
 
 Way = Literal["direct", "buffered"]
 
@@ -116,8 +117,7 @@ class Phase:
         """None where nothing was read."""
         threads = [threading.Thread(target=self._read, name=f"probe-{n}", daemon=True) for n in range(depth)]
         start = perf_counter()
-        for thread in threads:
-            thread.start()
+        start_threads(threads)
         for thread in threads:  # one that a dead disk holds is left behind
             thread.join(max(0.0, self.end - perf_counter()) + PATIENCE)
         seconds = perf_counter() - start

@@ -7,6 +7,7 @@ The thread that computes asks and looks whether a load is complete. It may be in
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import TypeVar
 from localmoe.errors import DeviceError
 from localmoe.experts.making import Making, Spare
 from localmoe.experts.reading import FileReader
+from localmoe.interrupt import Uninterrupted, start_threads
 
 T = TypeVar("T")
 PATIENCE = 0.5  # seconds between two looks at whether the readers are still there
@@ -73,21 +75,20 @@ class Load:
 
 
 class Readers:
-    """`count` threads; what is waited for comes before what is read ahead, each in the order of asking."""
+    """`count` threads; what is waited for comes before what is read ahead, each in the order of asking. They end when
+    nobody holds it any more, too."""
 
     def __init__(self, count: int) -> None:
-        self._urgent: deque[Load] = deque()
-        self._later: deque[Load] = deque()
-        self._tokens: SimpleQueue[bool] = SimpleQueue()  # one for each look that a thread is to take
-        self._finished: SimpleQueue[Load] = SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, name="reader", daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._desk = _Desk()
+        self._threads = [threading.Thread(target=self._desk.work, name="reader", daemon=True) for _ in range(count)]
+        with Uninterrupted():
+            weakref.finalize(self, self._desk.dismiss, count)  # the threads know the desk alone
+            start_threads(self._threads)
 
     def ask(self, load: Load) -> None:
         """Begin to read; asking again for what is waiting already does no harm."""
-        (self._later if load.ahead else self._urgent).append(load)
-        self._tokens.put(True)
+        self._desk.queue(load).append(load)
+        self._desk.tokens.put(True)
         load.asked = True
 
     def hurry(self, load: Load) -> None:
@@ -99,49 +100,70 @@ class Readers:
     def finished(self) -> Iterator[Load]:
         """Loads that became complete since this was asked last; one that an interrupt kept from the asker is not told
         again, and one may be told twice."""
-        while not self._finished.empty():
-            yield self._finished.get()
+        while not self._desk.finished.empty():
+            yield self._desk.finished.get()
 
     def wait(self) -> Load | None:
         """The next load that becomes complete; None after a while. Raises DeviceError when no thread is left."""
+        desk = self._desk
         try:
-            return self._finished.get(timeout=PATIENCE)
+            return desk.finished.get(timeout=PATIENCE)
         except Empty:
             if not any(thread.is_alive() for thread in self._threads):
                 raise DeviceError("the threads that read experts have ended: open the model again") from None
-            for _ in range(len(self._urgent) + len(self._later) - self._tokens.qsize()):
-                self._tokens.put(True)  # asking was interrupted, or a thread that ended took tokens for others
+            for _ in range(len(desk.urgent) + len(desk.later) - desk.tokens.qsize()):
+                desk.tokens.put(True)  # asking was interrupted, or a thread that ended took tokens for others
             return None
 
     def close(self) -> None:
         """Returns when no thread reads any more; one whose read hangs keeps the memory that it reads into."""
-        self._urgent.clear()
-        self._later.clear()
-        for _ in self._threads:
-            self._tokens.put(False)
+        self._desk.dismiss(len(self._threads))
         end = monotonic() + HANGING
         for thread in self._threads:
             thread.join(max(0.0, end - monotonic()))
 
-    def _work(self) -> None:
+
+@dataclass(eq=False, slots=True)
+class _Desk:
+    """What askers and threads share."""
+
+    urgent: deque[Load] = field(default_factory=deque)
+    later: deque[Load] = field(default_factory=deque)
+    tokens: SimpleQueue[bool] = field(default_factory=SimpleQueue)  # one for each look that a thread is to take
+    finished: SimpleQueue[Load] = field(default_factory=SimpleQueue)
+
+    def queue(self, load: Load) -> deque[Load]:
+        return self.later if load.ahead else self.urgent
+
+    def dismiss(self, count: int) -> None:
+        """Each thread ends behind the piece that it reads."""
+        self.urgent.clear()
+        self.later.clear()
+        for _ in range(count):
+            self.tokens.put(False)
+
+    def work(self) -> None:
         spare = Spare()
-        while self._tokens.get():
-            load = _first(self._urgent) or _first(self._later)
-            if load is None or not load.begin():
-                continue
-            piece = _first(load.pieces)
-            if piece is None:  # taken by others
-                continue
-            try:
-                if load.pieces:
-                    (self._later if load.ahead else self._urgent).appendleft(load)
-                    self._tokens.put(True)
-                piece.fill(spare)
-            except BaseException as error:  # a thread must never end with a load that looks unfinished
-                load.error = error
-            load.read.append(None)
-            if load.complete:
-                self._finished.put(load)
+        while self.tokens.get():
+            self._read(spare)
+
+    def _read(self, spare: Spare) -> None:
+        load = _first(self.urgent) or _first(self.later)
+        if load is None or not load.begin():
+            return
+        piece = _first(load.pieces)
+        if piece is None:  # taken by others
+            return
+        try:
+            if load.pieces:
+                self.queue(load).appendleft(load)
+                self.tokens.put(True)
+            piece.fill(spare)
+        except BaseException as error:  # a thread must never end with a load that looks unfinished
+            load.error = error
+        load.read.append(None)
+        if load.complete:
+            self.finished.put(load)
 
 
 def _first(waiting: deque[T]) -> T | None:

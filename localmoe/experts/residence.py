@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -234,7 +235,25 @@ def room_for_experts(
     )
 
 
-def trace_of(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter | None:
+@contextmanager
+def tracing(
+    current: TraceWriter | None, loading: Loading, source: Source, ops: Sequence[Op]
+) -> Iterator[TraceWriter | None]:
+    """Who writes the trace that is asked for: who writes that file already, else a new one, of whom nothing is left
+    where the `with` block raises. Behind it one that is no longer asked for is closed."""
+    same = current is not None and current.path == loading.trace
+    trace = current if same else _trace_of(loading, source, ops)
+    try:
+        yield trace
+    except BaseException:
+        if trace and not same:
+            trace.discard()
+        raise
+    if current and not same:
+        current.close()
+
+
+def _trace_of(loading: Loading, source: Source, ops: Sequence[Op]) -> TraceWriter | None:
     """None where none is asked for, or nothing is to be written."""
     if loading.trace is None or not ops:
         return None

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localmoe.errors import DeviceError, SettingError
-from localmoe.formats import KV_FORMATS, Format
+from localmoe.formats import KV_FORMATS, Bytes, Format
 from localmoe.kernels.program import IN_PLACE, Floats, Program, Progress, StateSlots, Watcher
 from localmoe.kernels.residency import Residency
 
@@ -45,6 +45,16 @@ class Device(Protocol):
 
         With a `residency`, experts are where it says when it says so; without, where the Program's weights lie.
         """
+        ...
+
+    def cache_bytes(self, program: Program) -> tuple[list[Bytes], list[Bytes]]:
+        """All that it keeps from step to step, as views: keys and values of each layer (heads, S, row), and each
+        recurrent state (slots, bytes)."""
+        ...
+
+    def shift(self, program: Program, start: int, stop: int, end: int) -> None:
+        """Of `end` cached tokens, those from `stop` on take the places from `start` on, their keys turned accordingly;
+        only where there is no `shifting.obstacle`."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localmoe.formats import KV_FORMATS
+from localmoe.formats import KV_FORMATS, Bytes
+from localmoe.kernels import shifting
+from localmoe.kernels.angles import rope_angles
+from localmoe.kernels.cache_blocks import decoded, encoded
 from localmoe.kernels.program import (
     IN_PLACE,
     CacheLayer,
@@ -23,7 +26,7 @@ from localmoe.kernels.program import (
 )
 from localmoe.kernels.reference_router import choose
 from localmoe.kernels.reference_states import Carried, convolved, delta_rows, sigmoid
-from localmoe.kernels.reference_weights import cached, matrix, values
+from localmoe.kernels.reference_weights import matrix, values
 from localmoe.kernels.reference_weights import rows as rows_of
 from localmoe.kernels.residency import Residency
 
@@ -59,6 +62,24 @@ class ReferenceDevice:
         for state in program.states:
             self.states.setdefault(state.index, np.zeros((program.state_slots, *state.shape), np.float32))
         return ReferencePlan(self, program)
+
+    def cache_bytes(self, program: Program) -> tuple[list[Bytes], list[Bytes]]:
+        arrays = [array for layer in program.cache for array in self.caches[layer.index] if array is not None]
+        states = [self.states[layer.index].reshape(program.state_slots, -1) for layer in program.states]
+        return [array.view(np.uint8) for array in arrays], [state.view(np.uint8) for state in states]
+
+    def shift(self, program: Program, start: int, stop: int, end: int) -> None:
+        for layer, turns in shifting.turns(program, self.kv):
+            keys, values = self.caches[layer.index]
+            for source, target in shifting.pieces(start, stop, end):
+                rows = keys[:, source].copy()
+                for turn in turns:
+                    first, last = turn.spans(layer.key_width)
+                    moved = turn.back(rows[..., first:last], first, source.start, stop - start, self.context)
+                    rows[..., first:last] = decoded(encoded(moved, self.kv), self.kv, last - first)
+                keys[:, target] = rows
+                if values is not None:
+                    values[:, target] = values[:, source].copy()
 
     def close(self) -> None:
         self.caches.clear()
@@ -140,14 +161,6 @@ def head_linear(device: ReferenceDevice, op: Op, inputs: list[Array], position: 
     return [np.einsum("tha,hab->thb" if op.attributes["transposed"] else "tha,hba->thb", inputs[0], weight)]
 
 
-def rope_angles(table: RopeTable, position: int, tokens: int, context: int = 0) -> tuple[Floats, Floats]:
-    """cos and sin, (T, n) each, in float32 as transformers computes them. `context` ends with these tokens if not
-    said."""
-    frequencies = table.frequencies(context or position + tokens)
-    angles = np.arange(position, position + tokens, dtype=np.float32)[:, None] * frequencies
-    return np.cos(angles) * np.float32(table.amplitude), np.sin(angles) * np.float32(table.amplitude)
-
-
 def rope(device: ReferenceDevice, op: Op, inputs: list[Array], position: int) -> list[Array]:
     table: RopeTable = op.attributes["table"]
     x, n = np.array(inputs[0], np.float32), table.inverse_frequencies.size
@@ -168,7 +181,8 @@ def cache_append(device: ReferenceDevice, op: Op, inputs: list[Array], position:
     layer: CacheLayer = op.attributes["cache"]
     for cache, rows in zip(device.caches[layer.index], inputs, strict=False):
         assert cache is not None
-        cache[:, position : position + rows.shape[0]] = cached(rows, device.kv).transpose(1, 0, 2)
+        kept = decoded(encoded(rows, device.kv), device.kv, rows.shape[2])
+        cache[:, position : position + rows.shape[0]] = kept.transpose(1, 0, 2)
     return []
 
 

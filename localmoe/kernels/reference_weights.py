@@ -1,4 +1,4 @@
-"""What weights hold, as float32 arrays, and what a cache keeps of rows: numpy twins; knows no op."""
+"""What weights hold, as float32 arrays: numpy twins; knows no op."""
 
 from __future__ import annotations
 
@@ -84,17 +84,3 @@ def rows(weight: Weight, start: int, stop: int, index: int = 0) -> Floats:
     data = weight.slabs[index][start * weight.row_nbytes : stop * weight.row_nbytes]
     plain = dequantise(data, weight.format).reshape(stop - start, weight.columns)
     return plain * weight.scales[index].of_rows(start, stop, weight.columns) if weight.scales else plain
-
-
-def cached(rows: Array, format: Format) -> Floats:
-    """What is left of rows (…, d) in a cache of `format`: rounded to float16, or to Q8_0 block by block, the last one
-    filled up with zeros."""
-    if format.elements == 1:
-        return rows.astype(np.float16 if format.name == "F16" else np.float32).astype(np.float32)
-    width = rows.shape[-1]
-    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -width % format.elements)]
-    blocks = np.pad(rows.astype(np.float32), padding).reshape(*rows.shape[:-1], -1, format.elements)
-    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-30)
-    values: Floats = np.rint(blocks * inverse) * scale.astype(np.float16).astype(np.float32)
-    return values.reshape(*rows.shape[:-1], -1)[..., :width]

@@ -1,11 +1,49 @@
-"""Programs rewritten for experts that have to be read: the same numbers, in an order that leaves time for reading."""
+"""Programs in another order, for the same numbers: one that leaves time for reading experts, and one in which threads
+wait less often."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import pairwise
 
 from localmoe.kernels.program import Op, Program, Tensor
+
+BESIDE = ("linear", "glu", "gelu")  # what a shared expert is made of
+
+
+def shared_early(program: Program) -> Program:
+    """What a layer computes beside its experts (a shared one) spread over their regions, so that no thread waits for it
+    alone: what reads the layer's input in front of the `route` op, and the product of that in full behind it."""
+    ops: list[Op] = []
+    known, done = {program.input.buffer}, set[int]()
+    for i, op in enumerate(program.ops):
+        if id(op) in done:
+            continue
+        before, behind = _beside(program.ops[i + 1 :], known) if op.name == "route" else ([], [])
+        done.update(map(id, (*before, *behind)))
+        ops += [*before, op, *behind]
+        known.update(t.buffer for each in (*before, op, *behind) for t in each.outputs)
+    return replace(program, ops=tuple(ops))
+
+
+def _beside(following: Sequence[Op], known: AbstractSet[int]) -> tuple[list[Op], list[Op]]:
+    before: list[Op] = []
+    behind: list[Op] = []
+    made: set[int] = set()  # by those before
+    for op in following:
+        if op.name == "route":
+            break
+        read = {t.buffer for t in op.inputs}
+        if op.name not in BESIDE or not read <= known | made:
+            continue
+        if op.name == "linear" and read & made:
+            behind.append(op)
+        else:
+            before.append(op)
+            made.update(t.buffer for t in op.outputs)
+    return before, behind
 
 
 def experts_late(program: Program) -> Program:

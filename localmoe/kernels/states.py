@@ -23,12 +23,31 @@ class States:
         self._count = count
         self._seen: dict[int, int] = {}  # slot -> tokens that its states have seen
         self._marks: set[int] = set()  # slots that are kept when a step has gone on from them
+        self.changes = 0  # how often somebody was told a slot to write to
 
     def nearest(self, position: int) -> int:
         """The last position up to `position` whose states are there, from which a step can go on; 0 always is."""
         if not self._count:
             return position
         return max((seen for seen in self._seen.values() if seen <= position), default=0)
+
+    def positions(self) -> list[int]:
+        """Where states are there, ascending."""
+        return sorted(self._seen.values())
+
+    def slot(self, position: int) -> int:
+        """Where the states of one of these positions are."""
+        return next(slot for slot, seen in self._seen.items() if seen == position)
+
+    def emptied(self) -> int:
+        """A slot with nothing in it, for states from elsewhere; a step may still take it."""
+        self.changes += 1
+        return self._emptied()
+
+    def put(self, slot: int, position: int) -> None:
+        """States from elsewhere have been put there; they are kept like a prompt's."""
+        self._seen[slot] = position
+        self._marks.add(slot)
 
     def forget(self, position: int) -> None:
         """The tokens from `position` on are no longer those that were seen."""
@@ -39,6 +58,7 @@ class States:
         returned to. Until `finish`, those that it writes count as empty."""
         if not self._count:
             return IN_PLACE
+        self.changes += 1
         source = next((slot for slot, seen in self._seen.items() if seen == position), None)
         assert source is not None or position == 0, "no states to go on from"
         target = self._emptied(source, None)

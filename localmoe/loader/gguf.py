@@ -76,8 +76,9 @@ class Part:
 class Header:
     """A cursor over the header; every step is checked against the end before it is taken."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
+    def __init__(self, path: Path, data: mmap.mmap, *, words: bool = True) -> None:
+        """`words` false: strings of lists are counted and not read, which leaves as many empty ones."""
+        self.path, self.data, self.at, self.words = path, data, 0, words
         self.view = memoryview(data)
         self.end = min(len(data), HEADER_LIMIT)
 
@@ -138,7 +139,8 @@ class Header:
         """A list of strings, or a numpy array that views the file."""
         kind = self.uint32(f"the element type of key {shown(key)}")
         if kind == STRING:
-            return self.strings(self.count(f"strings in key {shown(key)}", 8, HEADER_LIMIT), key)
+            count = self.count(f"strings in key {shown(key)}", 8, HEADER_LIMIT)
+            return self.strings(count, key) if self.words else self.counted(count, key)
         if kind not in SCALARS:
             found = "an array of arrays" if kind == ARRAY else f"an array of value type {kind}"
             raise self.error(f"key {shown(key)} is {found}, expected numbers, bools or strings", self.at - 4)
@@ -165,11 +167,24 @@ class Header:
         self.at = at
         return found
 
+    def counted(self, count: int, key: str) -> list[str]:
+        """Steps over strings, in a quarter of the time that reading them takes."""
+        view, end, at, length = self.view, self.end - 8, self.at, UINT64.unpack_from
+        for index in range(count):
+            if at > end:
+                raise self.error(f"string {index} of {count} in key {shown(key)} lies beyond the end", at)
+            at += 8 + length(view, at)[0]
+        self.at, start = at, self.at
+        if at > self.end:
+            raise self.error(f"the last string of key {shown(key)} ends beyond the end", start)
+        return [""] * count
 
-def read_part(path: Path) -> Part:
-    """The header of one file, checked whole: keys, tensor records, their formats, places and sizes."""
+
+def read_part(path: Path, *, words: bool = True) -> Part:
+    """The header of one file, checked whole: keys, tensor records, their formats, places and sizes; without `words`,
+    lists of strings have their length and empty strings."""
     file = map_file(path)
-    header = Header(path, file.data)
+    header = Header(path, file.data, words=words)
     _check_version(header)
     tensor_count = header.count("tensors", TENSOR_NBYTES, TENSOR_LIMIT)
     metadata: dict[str, Any] = {}
@@ -246,14 +261,15 @@ def _placed(path: Path, records: list[Record], begin: int, alignment: int, size:
     return list(placed.values())
 
 
-def open_gguf(path: Path) -> Source:
-    """Opens a GGUF file, or all parts of a split one when any part is named; reads no tensor byte.
+def open_gguf(path: Path, *, words: bool = True) -> Source:
+    """Opens a GGUF file, or all parts of a split one when any part is named; reads no tensor byte. Without `words`, it
+    is to be described alone: lists of strings, the vocabulary above all, have their length and empty strings.
 
     Metadata values are int, float, bool, str, list[str] or numpy arrays; a split file has its first part's.
 
     Raises: FileFormatError (broken, truncated, a part missing), UnsupportedError (version, byte order, block format).
     """
-    part = read_part(path)
+    part = read_part(path, words=words)
     parts = _all_parts(part) if part.metadata.get("split.count", 1) != 1 else [part]
     makers: dict[str, Callable[[], Weight]] = {}
     for p in parts:

@@ -13,8 +13,9 @@ BUNDLED = "localmoe-demo.gguf"
 POSSIBLE = "a GGUF file, or a folder with config.json (or Mistral's params.json) and safetensors"
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, *, words: bool = True) -> Source:
     """Opens a GGUF file (any part of a split one), a .safetensors file's folder, or a folder that holds one model.
+    Without `words`, the vocabulary of a GGUF file named by itself is counted and not read.
 
     Raises: FileFormatError, UnsupportedError.
     """
@@ -26,7 +27,7 @@ def open_source(path: str | Path) -> Source:
         if not os.path.isfile(path.parent / "config.json"):
             raise FileFormatError(f"{path}: safetensors need config.json beside them, which is not in {path.parent}")
         return _open_folder(path.parent)
-    return open_gguf(path)
+    return open_gguf(path, words=words)
 
 
 def _open_directory(folder: Path) -> Source:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from localmoe.errors import FileFormatError, SettingError
 from localmoe.formats import F32, SCALED, Bytes, Format, Weight
+from localmoe.interrupt import Pool
 from localmoe.kernels.cpu import dequantise, quantise
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
@@ -25,6 +25,9 @@ from localmoe.kernels.quantise import LARGEST
 from localmoe.kernels.quantise import quantise as encoded_by_twin
 from localmoe.kernels.reference_weights import rows as rows_by_twin
 from localmoe.loader.source import shown
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 PIECE = 1 << 17  # weights that a thread encodes at a time, whole rows: they and their float32 stay in its cache
 _DECODED = frozenset({"F16", "BF16", *dequantise.BLOCKS}.difference(SCALED))
@@ -45,7 +48,7 @@ class Quantiser:
         self.threads = threads or default_threads()
         self._progress = progress
         self._kernels = Kernels(host_isa())
-        self._pool = ThreadPoolExecutor(self.threads)
+        self._pool = Pool(self.threads)
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +59,7 @@ class Quantiser:
         self.close()
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close()
 
     def pieces(self, weight: Weight, format: Format) -> Iterator[tuple[int, Bytes]]:
         """The weight in another format, piece by piece in order: (weights in the piece, its bytes).
@@ -138,12 +141,11 @@ class Quantiser:
             for piece in work:
                 waiting.append(self._pool.submit(encode, piece))
                 if len(waiting) > 2 * self.threads:
-                    yield waiting.popleft().result()
+                    yield self._pool.result(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._pool.result(waiting.popleft())
         finally:
-            for future in waiting:
-                future.cancel()
+            self._pool.cancel(waiting)
 
 
 def _require_possible(weight: Weight, values: Floats, first_row: int, format: Format) -> None:

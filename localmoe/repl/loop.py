@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from functools import partial
+from time import monotonic
 
 from localmoe.errors import LocalMoeError
 from localmoe.repl.commands import execute
-from localmoe.repl.input import Reader
-from localmoe.repl.talk import Talk
+from localmoe.repl.talk import Interrupt, Reader, Talk
 
 
 def converse(talk: Talk, reader: Reader) -> None:
     """Run the chat until /exit, Ctrl+D or two Ctrl+C in a row at an empty prompt."""
-    hinted = False
-    while talk.open:
-        try:
-            text = reader.read()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if hinted:
-                return
-            talk.screen.notice("(Ctrl+C again, Ctrl+D or /exit to leave)")
-            hinted = True
-            continue
-        hinted = False
-        if text.startswith("/"):
+    talk.reader, hinted = reader, False
+    with Interrupt.watched(calm=True) as interrupt:  # between two messages there is nothing to stop
+        while talk.open:
             try:
-                execute(talk, text)
-            except LocalMoeError as error:
-                talk.screen.error(str(error))
+                with Interrupt.watched():
+                    text = reader.read()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if hinted:
+                    return
+                talk.screen.notice("(Ctrl+C again, Ctrl+D or /exit to leave)")
+                hinted = True
+                continue
+            hinted = False
+            try:
+                interrupt.asked, interrupt.heard, interrupt.calm = False, monotonic(), False
+                try:
+                    respond(talk, text)
+                finally:
+                    interrupt.calm = True
+                    talk.screen.settle()
+            except KeyboardInterrupt:
+                talk.screen.notice("(stopped)")
+
+
+def respond(talk: Talk, text: str) -> None:
+    """Do what a line asks for; LocalMoeError becomes a line itself."""
+    try:
+        if text.startswith("/"):
+            execute(talk, text)
         elif text.strip():
-            talk.answer(partial(talk.session.send, text.strip()))
+            talk.say(text.strip())
+    except LocalMoeError as error:
+        talk.screen.error(str(error))

@@ -2,85 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
+from shutil import get_terminal_size
 from threading import Lock, Timer
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleDimensions, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
-from localmoe.repl.status import StatusLine
+from localmoe.interrupt import Uninterrupted, start_threads
+from localmoe.repl.answer import Answer, Thought, is_ascii
+from localmoe.repl.safe import visible as visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 DELAY = 0.5  # seconds that work may take before a bar appears
 SMALLEST_DRAWING = 8  # lines
+NARROW = 60  # columns
 SLOWEST = 3600.0  # seconds between two steps of work that still tell how long the rest takes
-# C0 but for tab and newline, DEL, C1, lone surrogates, and the bidi overrides that make text read other than it is.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """Text that cannot drive a terminal: control characters are shown as escapes such as \\x1b."""
-    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "backslashreplace").decode(), text)
-
-
-class Answer:
-    """One streamed answer: reasoning dim and before it, blank lines at both ends left out."""
-
-    def __init__(self, console: Console, exact: bool = False, below: Callable[[int], str] | None = None) -> None:
-        """`exact` leaves control characters as they are where no terminal would obey them; `below(columns)` tells what
-        stands in a line below the text while it grows."""
-        self._console = console
-        self._status = StatusLine(console, below) if below else None
-        self._safe = str if exact and not console.is_terminal else visible
-        self._kind = ""
-        self._newlines = ""
-        self._ended = False
-        self.empty = True
-
-    def write(self, kind: str, text: str) -> None:
-        if kind != self._kind:
-            self._begin(kind, text)
-            text = text.lstrip()
-            if not text:
-                return
-            self._kind = kind
-        text = self._newlines + self._safe(text)
-        body = text.rstrip("\n")
-        self._newlines = text[len(body) :]
-        if body:
-            self._out(body, "dim" if kind == "reasoning" else None)
-            self.empty = False
-
-    def end(self) -> None:
-        """Close the line that the answer stands on; may be called twice."""
-        if self._status:
-            self._status.close()
-        if not self.empty and not self._ended:
-            self._console.out("")
-        self._ended = True
-
-    def _begin(self, kind: str, text: str) -> None:
-        if not text.strip():
-            return
-        self._newlines = ""
-        if self._kind:
-            self._out("\n\n")
-        if self._console.color_system is None and (kind == "reasoning" or self._kind):
-            self._out(f"({kind})\n")
-
-    def _out(self, text: str, style: str | None = None) -> None:
-        write = partial(self._console.out, text, style=style, highlight=False, end="")
-        if self._status:
-            self._status.around(text, write)
-        else:
-            write()
 
 
 class Lately:
@@ -104,14 +49,18 @@ class DelayedBar:
         self._drawn = (0, 0)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._closed = False
+        self.closed = False
         self._lock = Lock()
         self._timer = Timer(DELAY, self._show)
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._timer.start()
+            try:
+                start_threads([self._timer])
+            except BaseException:
+                self.close()
+                raise
         return self
 
     def __exit__(
@@ -121,7 +70,7 @@ class DelayedBar:
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Work of `total` units has come to `done`; a total of 0 is unknown."""
-        with self._lock:
+        with Uninterrupted(), self._lock:
             self._state = (label, done, total)
             self._draw()
 
@@ -129,24 +78,26 @@ class DelayedBar:
         """A function of (done, total) for work on tokens, which are told in numbers too."""
         return lambda done, total: self(f"{label}, {done} of {total} tokens", done, total)
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """No bar inside a `with` block, which may print lines."""
-        with self._lock:
+    def beside(self, draw: Callable[[], None]) -> None:
+        """Calls `draw`, which may print lines, while no bar stands there."""
+        with Uninterrupted(), self._lock:
             if self._bar:
                 self._bar.stop()
-            yield
+            draw()
             if self._bar:
                 self._bar.start()
 
     def close(self) -> None:
         """Take the bar away; may be called twice."""
-        self._timer.cancel()
-        with self._lock:
-            self._closed = True
-            if self._bar:
-                self._bar.stop()
-                self._bar = None
+        if self.closed:
+            return
+        with Uninterrupted():
+            self._timer.cancel()
+            with self._lock:
+                self.closed = True
+                if self._bar:
+                    self._bar.stop()
+                    self._bar = None
 
     def _show(self) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -158,7 +109,7 @@ class DelayedBar:
             TimeRemainingColumn(),
         )
         with self._lock:
-            if not self._closed:
+            if not self.closed:
                 self._bar = Progress(*columns, console=self._console, transient=True, speed_estimate_period=SLOWEST)
                 self._bar.start()
                 self._draw()
@@ -175,12 +126,34 @@ class DelayedBar:
         self._bar.update(self._task, description=visible(label), completed=done, total=total or None)
 
 
+def open_console(stderr: bool = False) -> Console:
+    """A console of the terminal's size, which rich takes for 80 columns where TERM is dumb."""
+    console = Console(stderr=stderr, highlight=False)
+    if console.is_terminal and console.is_dumb_terminal:
+        console.size = ConsoleDimensions(*get_terminal_size())
+    return console
+
+
+def _print(console: Console, drawn: RenderableType) -> None:
+    with Uninterrupted():  # between two of its steps rich would leave this, and all that comes later, in its buffer
+        console.print(drawn)
+
+
 class Screen:
-    """Standard output for words, standard error for troubles and progress."""
+    """Standard output for words, standard error for troubles and progress.
+
+    `markdown` draws answers as what their marks mean, on a terminal; `shows_reasoning` draws it before the answer, dim,
+    and does not fold it.
+    """
 
     def __init__(self, console: Console | None = None, errors: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
-        self.errors = errors or Console(stderr=True, highlight=False)
+        if console is None and isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the encoding lacks ends no chat
+        self.console = console or open_console()
+        self.errors = errors or open_console(stderr=True)
+        self.markdown, self.shows_reasoning = True, False
+        self._answer: Answer | None = None
+        self._bars: list[DelayedBar] = []
 
     @property
     def is_terminal(self) -> bool:
@@ -193,7 +166,7 @@ class Screen:
     @property
     def is_ascii(self) -> bool:
         """Whether nothing but ASCII can be shown."""
-        return not self.console.encoding.lower().startswith("utf")
+        return is_ascii(self.console)
 
     def lines_beside(self, others: int) -> int:
         """How many lines a drawing may have, so that it stands on the screen with so many others."""
@@ -201,37 +174,84 @@ class Screen:
 
     def line(self, text: str = "", style: str = "") -> None:
         """A line of ours, wrapped at words."""
-        self.console.print(Text(visible(text), style=style))
+        _print(self.console, Text(visible(text), style=style))
 
     def notice(self, text: str) -> None:
         """A remark beside the conversation."""
         self.line(text, "dim")
 
     def error(self, text: str) -> None:
-        self.errors.print(Text(visible(text), style="red"))
+        _print(self.errors, Text(visible(text), style="red"))
 
     def verbatim(self, text: str) -> None:
         """Text as it is, unwrapped: for pipes. Control characters still never reach a terminal."""
-        self.console.out(visible(text) if self.is_terminal else text, highlight=False, end="")
+        with Uninterrupted():
+            self.console.out(visible(text) if self.is_terminal else text, highlight=False, end="")
 
     def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """A plain table; the last column takes the width that is left."""
+        """A plain table; the last column takes the width that is left. In a narrow window long titles stand above."""
         from rich.table import Table
 
+        rows = [tuple(map(visible, row)) for row in rows]
+        if self.width < NARROW and not header and self._crowded(rows):
+            for title, text in rows:
+                _print(self.console, Text(title, "bold"))
+                _print(self.console, Padding(Text(text, overflow="fold"), (0, 0, 0, 2)))
+            return
         table = Table(*header, box=None, show_header=bool(header), pad_edge=False, header_style="bold")
         for row in rows:
-            table.add_row(*(Text(visible(cell)) for cell in row))
+            table.add_row(*map(Text, row))
         for column in table.columns:
             column.overflow = "fold"
-        self.console.print(table)
+        _print(self.console, table)
 
-    def answer(self, exact: bool = False, below: Callable[[int], str] | None = None) -> Answer:
-        return Answer(self.console, exact, below)
+    def _crowded(self, rows: Sequence[Sequence[str]]) -> bool:
+        """Whether the titles of rows of two would leave the texts less than half of the window."""
+        if not all(len(row) == 2 for row in rows):
+            return False
+        titles, texts = (max((cell_len(row[side]) for row in rows), default=0) for side in (0, 1))
+        return titles > self.width // 2 - 2 and titles + 2 + texts > self.width
+
+    def answer(
+        self,
+        exact: bool = False,
+        below: Callable[[int], str] | None = None,
+        tokens: Callable[[], int] | None = None,
+    ) -> Answer:
+        """An answer to be written: see Answer. The last one's reasoning can be shown until the next begins."""
+        folds = not self.shows_reasoning
+        self._answer = Answer(self.console, exact, below, tokens, markdown=self.markdown, folds=folds)
+        return self._answer
 
     def aside(self) -> Answer:
-        """An answer drawn on standard error."""
-        return Answer(self.errors)
+        """An answer drawn on standard error, reasoning in full."""
+        return Answer(self.errors, markdown=self.markdown, folds=False)
+
+    def prepare(self) -> None:
+        """Have ready what the first answer would wait for, a twentieth of a second; from any thread."""
+        if self.is_terminal and self.markdown:
+            import localmoe.repl.markdown  # noqa: F401
+
+    @property
+    def thought(self) -> Thought | None:
+        """The reasoning before the last answer, if there was any."""
+        return self._answer.thought if self._answer and self._answer.thought else None
+
+    def show_reasoning(self, thought: Thought) -> None:
+        """Draw a reasoning in full."""
+        drawn = Answer(self.console, markdown=self.markdown, folds=False)
+        drawn.write("reasoning", thought.text)
+        drawn.thought = thought
+        drawn.end()
 
     def progress(self, label: str, note: Callable[[], str] = str) -> DelayedBar:
         """A bar for the work inside a `with` block; call it with (label, done, total)."""
-        return DelayedBar(self.errors, label, note)
+        bar = DelayedBar(self.errors, label, note)
+        self._bars = [*(other for other in self._bars if not other.closed), bar]
+        return bar
+
+    def settle(self) -> None:
+        """Take away what is drawn as long as work lasts: an interrupt may have come before the work's end did."""
+        for bar in self._bars:
+            bar.close()
+        self._bars.clear()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.segment import Segment, Segments
+from rich.console import COLOR_SYSTEMS, Console
+
+from localmoe.repl.letters import combines
+from localmoe.repl.page import Fragment
 
 # ECMA-48 and DEC VT100. Index (ESC D) goes down a line and keeps the column, scrolling at the bottom; afterwards there
 # is a line below the text for sure, and the saved place does not move any more.
@@ -18,49 +19,59 @@ SMALLEST_HEIGHT = 4
 MARGIN = 4  # columns left free: a terminal may draw a middle dot two columns wide
 
 
+def can_redraw(console: Console) -> bool:
+    """Whether a line can be drawn again."""
+    return console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
+
+
 class StatusLine:
     """`told(columns)` gives the line, "" for none. Nothing is drawn but on a terminal that can move its cursor."""
 
     def __init__(self, console: Console, told: Callable[[int], str]) -> None:
         self._console, self._told = console, told
-        self._able = console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
+        self._able = can_redraw(console)
         self._column: int | None = 0  # where the text ends; None until the next line where no one can tell
         self._width = console.width
-        self._shown = False
+        self._shown = ""
 
-    def around(self, text: str, write: Callable[[], None]) -> None:
-        """`write` puts `text` on the terminal, in one piece with the line that is taken away and drawn again."""
+    def around(self, fragments: Sequence[Fragment]) -> None:
+        """Put text on the terminal, in one write with the line that is taken away and drawn again."""
         if not self._able:
-            write()
+            for text, style in fragments:
+                self._console.out(text, style=style or None, highlight=False, end="")
             return
-        with self._console:
-            self._erase()
-            write()
-            width = self._console.width
-            self._column = end_column(text, self._column if width == self._width else None, width)
-            self._width = width
-            # Behind a full line a terminal waits with the cursor on the last letter: moving it would lose that.
-            if self._column is not None and self._column < width and self._console.height >= SMALLEST_HEIGHT:
-                self._draw(self._told(width - MARGIN))
+        text, width = "".join(text for text, _ in fragments), self._console.width
+        self._column = end_column(text, self._column if width == self._width else None, width)
+        self._width = width
+        # Behind a full line a terminal waits with the cursor on the last letter: moving it would lose that.
+        is_placed = self._column is not None and self._column < width and self._console.height >= SMALLEST_HEIGHT
+        line = self._told(width - MARGIN) if is_placed else ""
+        if text or line != self._shown:
+            drawn = BELOW + self._encoded([(line, "dim")]) + BACK if line else ""
+            codes = (ERASE if self._shown else "") + self._encoded(fragments) + drawn
+            self._shown = line
+            self._write(codes)
 
     def close(self) -> None:
         """Take the line away; may be called twice."""
-        self._erase()
-
-    def _draw(self, line: str) -> None:
-        if line:
-            self._control(BELOW)
-            self._console.out(line, style="dim", highlight=False, end="")
-            self._control(BACK)
-            self._shown = True
-
-    def _erase(self) -> None:
         if self._shown:
-            self._control(ERASE)
-            self._shown = False
+            self._write(ERASE)
+            self._shown = ""
 
-    def _control(self, codes: str) -> None:
-        self._console.print(Segments([Segment(codes, None, [])]), end="", soft_wrap=True)
+    def _encoded(self, fragments: Sequence[Fragment]) -> str:
+        """Text with the codes of its looks, as far as the terminal has them."""
+        colours = COLOR_SYSTEMS.get(self._console.color_system or "")
+        if colours is None:
+            return "".join(text for text, _ in fragments)
+        looks = ((text, self._console.get_style(style)) for text, style in fragments)
+        return "".join(
+            (look.without_color if self._console.no_color else look).render(text, color_system=colours)
+            for text, look in looks
+        )
+
+    def _write(self, codes: str) -> None:
+        self._console.file.write(codes)
+        self._console.file.flush()
 
 
 def end_column(text: str, column: int | None, width: int) -> int | None:
@@ -70,15 +81,8 @@ def end_column(text: str, column: int | None, width: int) -> int | None:
     if newline:
         column = 0
     for letter in last:
-        if column is None or letter == "\t" or _combines(letter):
+        if column is None or letter == "\t" or combines(letter):
             return None
         cells = cell_len(letter)
         column = column + cells if column + cells <= width else cells
     return column
-
-
-def _combines(letter: str) -> bool:
-    """Marks, joiners, halves of flags, colours of skin."""
-    return (
-        unicodedata.category(letter) in ("Mn", "Mc", "Me", "Cf") or "\U0001f1e6" <= letter <= "\U0001f1ff"
-    ) or "\U0001f3fb" <= letter <= "\U0001f3ff"

@@ -56,6 +56,12 @@ def cache_append_q8_0(v: Any) -> Any:
     return _cache_append(v, FORMATS["Q8_0"])
 
 
+@kernel("cache_append_q4_0", 3)
+def cache_append_q4_0(v: Any) -> Any:
+    """As cache_append_f16."""
+    return _cache_append(v, FORMATS["Q4_0"])
+
+
 def lower_cache_append(lowering: Lowering, op: Op) -> None:
     layer: CacheLayer = op.attributes["cache"]
     arrays, format = lowering.device.cache(layer), lowering.device.kv
@@ -95,11 +101,12 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
     if selected and selection.chooses(lowering, selected[0]):
         selection.lower_selected(lowering, op, shape, (key_padded, value_row, value_padded), scaled)
         return
-    single = q.shape[0] == 1
+    single, widths = q.shape[0] == 1, (lowering.isa, key_padded, value_padded)
     if single:
         scratch_nbytes = attention_decode.scratch_nbytes(key_padded, value_padded, context)
     else:
-        scratch_nbytes = attention_prefill.scratch_nbytes(lowering.isa, key_padded, value_padded)
+        panels = attention_prefill.panels(*widths, q.shape[0] * q.shape[1], lowering.threads)
+        scratch_nbytes = attention_prefill.scratch_nbytes(*widths, panels)
     scratch = (lowering.temporary(scratch_nbytes * lowering.threads), scratch_nbytes, value_padded)
     both = (*shape, window, *scaled, *scratch)
     if single:
@@ -112,7 +119,6 @@ def lower_attention(lowering: Lowering, op: Op) -> None:
         lowering.emit(f"attention_decode_{format.name.lower()}", q, *both, *shared, 4 * q.strides[1], *extras)
     else:
         counters = lowering.table([0] * attention_prefill.COUNTERS)
-        widths = (lowering.isa, key_padded, value_padded)
-        tile = (attention_prefill.panels(*widths), attention_prefill.panel_nbytes(*widths))
+        tile = (panels, attention_prefill.panel_nbytes(*widths))
         place = (counters, 4 * q.strides[0], 4 * q.strides[1])
         lowering.emit(f"attention_prefill_{format.name.lower()}", q, *both, *place, *tile, *extras)

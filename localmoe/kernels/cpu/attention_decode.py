@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import F16, F32, FORMATS, Format
+from localmoe.kernels.cache_blocks import TAKEN
+from localmoe.kernels.cpu import rotation
 from localmoe.kernels.cpu.arguments import first_visible, slots, soft_capped, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.cache_rows import row_nbytes
@@ -52,8 +54,8 @@ def _by_eights(format: Format) -> bool:
 
 def _decode(v: Any, format: Format) -> Any:
     slot, position, nbytes = slots(v), step_position(v), row_nbytes(v, format)
-    scale_queries, score, soften = query_scaler(v), key_scorer(v, format), softener(v)
-    gather, merge, first_of = gatherer(v, format), merger(v), first_visible(v)
+    scale_queries, score, soften = query_scaler(v, format), key_scorer(v, format), softener(v)
+    gather, merge, first_of = gatherer(v, format), merger(v, format), first_visible(v)
 
     def run(a, thread, threads):
         heads, kv_heads, at = slot(a, 3), slot(a, 7), position(a)
@@ -97,9 +99,11 @@ def _decode(v: Any, format: Format) -> Any:
     return run
 
 
-def query_scaler(v: Any) -> Any:
-    """Query rows of `many` heads times scale and temperature, padded with zeros; the first head is at `first`."""
-    slot = slots(v)
+def query_scaler(v: Any, format: Format) -> Any:
+    """Query rows of `many` heads times scale and temperature, padded with zeros and turned as keys are; the first head
+    is at `first`."""
+    slot, quantised = slots(v), format.elements > 1
+    turn = rotation.row_turner(v)
 
     def scale_queries(a, first, at, head, many, query):
         width, padded, factors = slot(a, 4), slot(a, 9), slot(a, 15)
@@ -115,6 +119,8 @@ def query_scaler(v: Any) -> Any:
                 v.store(target + 4 * i, v.load(v.float32, source + 4 * i) * warmth)
             for i in range(width, padded):
                 v.store(target + 4 * i, np.float32(0))
+        if quantised:
+            turn(query, many * padded, TAKEN)
 
     return v.function(scale_queries)
 
@@ -224,12 +230,13 @@ def gatherer(v: Any, format: Format) -> Any:
     return v.function(gather)
 
 
-def merger(v: Any) -> Any:
-    """out[h] = the chunks' sums of head h, each in its share of all weights; chunks stand `partial` bytes apart.
-    At `sinks` (0: none) are the heads' logits without a value."""
+def merger(v: Any, format: Format) -> Any:
+    """out[h] = the chunks' sums of head h, each in its share of all weights, turned back where values are;
+    chunks stand `partial` bytes apart. At `sinks` (0: none) are the heads' logits without a value."""
     from localmoe.kernels.cpu import vector_rows
 
-    join = vector_rows.weighted_sums(v.isa, 1, 16, F32)
+    join, quantised = vector_rows.weighted_sums(v.isa, 1, 16, F32), format.elements > 1
+    turn = rotation.row_turner(v)
 
     def merge(partials, partial, count, many, padded, width, out, room, sinks):
         shares = room + 4 * padded
@@ -250,12 +257,14 @@ def merger(v: Any) -> Any:
             one = v.splat(v.f32, np.float32(1) / mass)
             rows = partials + h * 4 * padded
             for i in range(0, padded, 16):
-                v.store(room, v.zero(v.f32x16))
-                join(shares, 0, rows + 4 * i, partial, count, room, 0, 0)
+                v.store(room + 4 * i, v.zero(v.f32x16))
+                join(shares, 0, rows + 4 * i, partial, count, room + 4 * i, 0, 0)
                 for j in range(i, i + 16, v.lanes):
-                    v.store(room + 4 * (j - i), v.load(v.f32, room + 4 * (j - i)) * one)
-                for j in range(i, min(i + 16, width)):
-                    v.store(out + 4 * (h * width + j), v.load(v.float32, room + 4 * (j - i)))
+                    v.store(room + 4 * j, v.load(v.f32, room + 4 * j) * one)
+            if quantised:
+                turn(room, padded, TAKEN)
+            for i in range(width):
+                v.store(out + 4 * (h * width + i), v.load(v.float32, room + 4 * i))
 
     return v.function(merge)
 
@@ -279,3 +288,9 @@ def attention_decode_f32(v: Any) -> Any:
 def attention_decode_q8_0(v: Any) -> Any:
     """As attention_decode_f16."""
     return _decode(v, FORMATS["Q8_0"])
+
+
+@kernel("attention_decode_q4_0", 3)
+def attention_decode_q4_0(v: Any) -> Any:
+    """As attention_decode_f16."""
+    return _decode(v, FORMATS["Q4_0"])

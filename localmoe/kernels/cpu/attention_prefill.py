@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import F16, F32, FORMATS, Format
+from localmoe.kernels.cache_blocks import TAKEN
+from localmoe.kernels.cpu import rotation
 from localmoe.kernels.cpu.arguments import first_visible, row_count, slots, soft_capped, step_position
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.cache_rows import row_nbytes
@@ -22,19 +24,22 @@ BLOCK = 64  # keys, and columns of a key or value that stand side by side in scr
 COUNTERS = 2
 _TILE_ROWS = {"avx512": 8, "avx2": 4, "portable": 2}
 _STRIDE = 4 * BLOCK  # bytes from one key to the next in scratch, float32[columns / BLOCK][BLOCK keys][BLOCK columns]
-_PANELS_NBYTES = 1 << 17  # queries and sums of a tile stay in the second-level cache, beside a block
+_PANELS = 8  # of a tile, at most
+_PANELS_NBYTES = 1 << 20  # and their queries and sums stay near the second-level cache
 _HIDDEN = 1e38  # times the distance to a pair's last or first key: far below every score, and finite
 
 
-def panels(isa: Isa, key_padded: int, value_padded: int) -> int:
-    """How many panels of pairs make a tile: they share the float32 copy of a block."""
-    return min(4, max(1, _PANELS_NBYTES // panel_nbytes(isa, key_padded, value_padded)))
+def panels(isa: Isa, key_padded: int, value_padded: int, pairs: int, threads: int) -> int:
+    """How many panels make a tile when a chunk has so many (token, head) pairs. They share the float32 copy of a block,
+    which far into a text comes from memory: one panel of latent attention after 8,192 tokens spends a fifth of its time
+    on it. Each thread gets four tiles or more, if there are so many, so that none waits long for the last."""
+    few = pairs // (8 * isa.lanes * threads)
+    return max(1, min(_PANELS, few, _PANELS_NBYTES // panel_nbytes(isa, key_padded, value_padded)))
 
 
-def scratch_nbytes(isa: Isa, key_padded: int, value_padded: int) -> int:
-    """A thread's own: keys and values of a block as float32, scores, and the panels of a tile."""
+def scratch_nbytes(isa: Isa, key_padded: int, value_padded: int, many: int) -> int:
+    """A thread's own: keys and values of a block as float32, scores, and the `many` panels of a tile."""
     blocks = (key_padded + BLOCK - 1) // BLOCK + (value_padded + BLOCK - 1) // BLOCK
-    many = panels(isa, key_padded, value_padded)
     return blocks * BLOCK * _STRIDE + 8 * isa.lanes * BLOCK + many * panel_nbytes(isa, key_padded, value_padded)
 
 
@@ -45,7 +50,7 @@ def panel_nbytes(isa: Isa, key_padded: int, value_padded: int) -> int:
 
 def _prefill(v: Any, format: Format) -> Any:
     slot, rows, position = slots(v), row_count(v), step_position(v)
-    pack, widen, attend, put = _pack_queries(v), _widen(v, format), _attend(v), _put(v)
+    pack, widen, attend, put = _pack_queries(v, format), _widen(v, format), _attend(v), _put(v, format)
     pairs, nbytes, first_of = 2 * v.lanes, row_nbytes(v, format), first_visible(v)
 
     def run(a, thread, threads):
@@ -90,9 +95,11 @@ def _prefill(v: Any, format: Format) -> Any:
     return run
 
 
-def _pack_queries(v: Any) -> Any:
-    """Begin a panel: its queries, scaled, as [column][pair], by way of rows in `copy`; its sums and numbers."""
-    slot, pairs, first_of = slots(v), 2 * v.lanes, first_visible(v)
+def _pack_queries(v: Any, format: Format) -> Any:
+    """Begin a panel: its queries, scaled and turned as keys are, as [column][pair], by way of rows in `copy`; its sums
+    and numbers."""
+    slot, pairs, first_of, quantised = slots(v), 2 * v.lanes, first_visible(v), format.elements > 1
+    turn = rotation.column_turner(v)
 
     def pack(a, begin, kv, start, many, copy, panel):
         width, padded, factors, scale = slot(a, 4), slot(a, 9), slot(a, 15), v.load(v.float32, a + 112)
@@ -123,6 +130,8 @@ def _pack_queries(v: Any) -> Any:
                 v.store(place + 4 * pairs, q)
                 v.store(place + 8 * pairs, r)
                 v.store(place + 12 * pairs, s)
+        if quantised:
+            turn(panel, padded, TAKEN)
         for i in range(0, pairs * slot(a, 18), v.lanes):
             v.store(sums + 4 * i, v.zero(v.f32))
 
@@ -216,19 +225,22 @@ def _soften(v: Any) -> Any:
                 weight = exp(v.load(v.f32, scores + 4 * pairs * k + m) - peak)
                 v.store(scores + 4 * pairs * k + m, weight)
                 mass = mass + weight
-            shrunk = exp(before - peak)
+            rise = peak - before
+            shrunk = exp(-rise)
             v.store(state + 4 * pairs + m, peak)
             v.store(state + 8 * pairs + m, v.fma(v.load(v.f32, state + 8 * pairs + m), shrunk, mass))
-            for c in range(value_padded):
-                place = sums + 4 * pairs * c + m
-                v.store(place, v.load(v.f32, place) * shrunk)
+            if v.largest(v.maximum(rise, v.zero(v.f32))) > 0:  # mostly not: the factors are all 1
+                for c in range(value_padded):
+                    place = sums + 4 * pairs * c + m
+                    v.store(place, v.load(v.f32, place) * shrunk)
 
     return v.function(soften)
 
 
-def _put(v: Any) -> Any:
-    """Sums over weights, transposed, into the output rows of a panel's pairs."""
-    slot, pairs = slots(v), 2 * v.lanes
+def _put(v: Any, format: Format) -> Any:
+    """Sums over weights, turned back and transposed, into the output rows of a panel's pairs."""
+    slot, pairs, quantised = slots(v), 2 * v.lanes, format.elements > 1
+    turn = rotation.column_turner(v)
 
     def put(a, kv, start, many, panel):
         heads, width, group = slot(a, 3), slot(a, 6), slot(a, 3) // slot(a, 7)
@@ -240,6 +252,8 @@ def _put(v: Any) -> Any:
                 mass, peak = state + 4 * (2 * pairs + i), v.load(v.float32, state + 4 * (pairs + i))
                 # A sink far above every score takes all: its weight, relative to theirs, is then infinite.
                 v.store(mass, v.load(v.float32, mass) + v.exp(sink - peak))
+        if quantised:
+            turn(sums, slot(a, 18), TAKEN)
         for m in range(0, 4 * pairs, 4 * v.lanes):
             share = v.splat(v.f32, np.float32(1)) / v.load(v.f32, state + 8 * pairs + m)
             for c in range(width):
@@ -281,3 +295,9 @@ def attention_prefill_f32(v: Any) -> Any:
 def attention_prefill_q8_0(v: Any) -> Any:
     """As attention_prefill_f16."""
     return _prefill(v, FORMATS["Q8_0"])
+
+
+@kernel("attention_prefill_q4_0", 3)
+def attention_prefill_q4_0(v: Any) -> Any:
+    """As attention_prefill_f16."""
+    return _prefill(v, FORMATS["Q4_0"])

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,7 +24,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from localmoe.kernels.cpu.isa import Isa, target_of
+from localmoe.interrupt import Uninterrupted
+from localmoe.kernels.cpu.isa import Isa, host, target_of
 from localmoe.kernels.cpu.shipped import FOLDER, SUFFIX, Archive
 
 Factory = Callable[[Any], Callable[..., None]]
@@ -99,12 +101,12 @@ def fingerprint(isa: Isa) -> str:
     from importlib.metadata import version
 
     versions = f"{version('numba')} {llvmlite.__version__} {sys.version_info[:2]}"
-    return hashlib.sha256(f"{_sources()} {versions} {llvm.get_host_cpu_name()} {isa}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{_sources()} {versions} {host().processor} {isa}".encode()).hexdigest()[:16]
 
 
 def target_machine(isa: Isa) -> llvm.TargetMachine:
     """What emits code for `isa`, which may be another machine's."""
-    if isa.triple == llvm.get_process_triple():
+    if isa.triple == host().triple:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
     else:
@@ -133,7 +135,20 @@ def optimised(name: str, isa: Isa) -> llvm.ModuleRef:
 
 def emitted(name: str, isa: Isa) -> bytes:
     """Kernel `name` as a relocatable object. Imports numba."""
-    return bytes(target_machine(isa).emit_object(optimised(name, isa)))
+    code = bytes(target_machine(isa).emit_object(optimised(name, isa)))
+    called = outside(code)
+    assert not called, f"kernel {name} would call {called}"  # such as memset, in place of a loop that stores zeros
+    return code
+
+
+def outside(code: bytes) -> list[str]:
+    """The names that an ELF object expects from outside. With such an object, those that MCJIT loads beside it read
+    their constants from a wrong place: they all count from one table of addresses, and each name is an entry in it."""
+    sections = {section.name(): section.data() for section in llvm.ObjectFileRef.from_data(code).sections()}
+    symbols, names = sections.get(b".symtab", b""), sections.get(b".strtab", b"")
+    undefined = [name for name, _, _, section, _, _ in struct.iter_unpack("<IBBHQQ", symbols) if name and not section]
+    found = [names[place : names.index(b"\0", place)].decode() for place in undefined]
+    return [name for name in found if name != "_GLOBAL_OFFSET_TABLE_"]
 
 
 def assembly(name: str, isa: Isa) -> str:
@@ -172,14 +187,16 @@ class Kernels:
         for done, name in enumerate(missing):
             if progress:
                 progress(done, len(missing), name)
-            objects[name] = emitted(name, self.isa)
+            with Uninterrupted():  # neither Numba nor llvmlite is made to be left in the middle
+                objects[name] = emitted(name, self.isa)
             self._keep(name, objects[name])
         if missing:
             self._forget_old()
             if progress:
                 progress(len(missing), len(missing), "")
         if objects:
-            self._load(objects)
+            with Uninterrupted():  # modules would be freed twice, by the engine and by themselves
+                self._load(objects)
 
     @cached_property
     def _folder(self) -> Path:

@@ -1,9 +1,5 @@
-"""Rows of the KV cache in memory, as GGUF's F32, F16 or Q8_0: their bytes, and how float32 become a row; knows no op.
-
-A row is padded with zeros to whole blocks and at least whole vectors (`program.cache_row`). A block of Q8_0 is a
-float16 scale, max|x| / 127 of its 32 values, then their int8: x / scale to the nearest, ties to even (ggml-quants.c,
-quantize_row_q8_0, with the scale before it is rounded). A scale below 1e-30 makes them zero; NaN or infinity in a block
-makes its scale NaN.
+"""Rows of the KV cache in memory: their bytes, and how float32 become a row, to the bits of `kernels/cache_blocks.py`,
+which says what they are; knows no op.
 """
 
 from __future__ import annotations
@@ -13,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from localmoe.formats import F16, F32, Format
-
-SCALE_NBYTES = 2  # before the int8 of a block
-_SMALLEST = np.float32(1e-30)
+from localmoe.kernels.cache_blocks import BLOCK, KEPT, SCALE_NBYTES, SMALLEST
+from localmoe.kernels.cpu import rotation
 
 
 def row_nbytes(v: Any, format: Format) -> Any:
@@ -46,33 +41,79 @@ def writer(v: Any, format: Format) -> Any:
 
 
 def _quantising_writer(v: Any, format: Format) -> Any:
-    lanes, elements, nbytes = v.lanes, format.elements, format.nbytes
-    bytes_kind, stack = getattr(v, f"i8x{lanes}"), v.stack(4 * elements)
+    lanes, nbytes = v.lanes, format.nbytes
+    quantise = {"Q8_0": _q8_0, "Q4_0": _q4_0}[format.name](v)
+    stack, turn = v.stack(4 * BLOCK), rotation.row_turner(v)
 
-    def quantise_block(source, target):
-        peak, wrong = v.zero(v.f32), v.zero(v.f32)
-        for i in range(0, elements, lanes):
+    def write(source, target, width):
+        room = stack()
+        for start in range(0, width, BLOCK):
+            if width - start >= BLOCK:
+                for i in range(0, BLOCK, lanes):
+                    v.store(room + 4 * i, v.load(v.f32, source + 4 * (start + i)))
+            else:
+                for i in range(0, BLOCK, lanes):
+                    v.store(room + 4 * i, v.zero(v.f32))
+                for i in range(start, width):
+                    v.store(room + 4 * (i - start), v.load(v.float32, source + 4 * i))
+            turn(room, BLOCK, KEPT)
+            quantise(room, target + start // BLOCK * nbytes)
+
+    return v.function(write)
+
+
+def _peak(v: Any) -> Any:
+    """(32 float32) -> max|x|, and 0, or NaN where one of them is no number."""
+
+    def peak(source):
+        peaks, wrong = v.zero(v.f32), v.zero(v.f32)
+        for i in range(0, BLOCK, v.lanes):
             values = v.load(v.f32, source + 4 * i)
-            peak = v.maximum(v.absolute(values), peak)
+            peaks = v.maximum(v.absolute(values), peaks)
             wrong = v.fma(values, v.zero(v.f32), wrong)
-        scale = v.largest(peak) / np.float32(127) + v.total(wrong)
-        inverse = np.float32(1) / scale if scale > _SMALLEST else np.float32(0)
+        return v.largest(peaks), v.total(wrong)
+
+    return v.function(peak)
+
+
+def _q8_0(v: Any) -> Any:
+    lanes, bytes_kind, peak = v.lanes, getattr(v, f"i8x{v.lanes}"), _peak(v)
+
+    def quantise(source, target):
+        size, wrong = peak(source)
+        scale = size / np.float32(127) + wrong
+        inverse = np.float32(1) / scale if scale > SMALLEST else np.float32(0)
         v.store_half(target, scale)
-        for i in range(0, elements, lanes):
+        for i in range(0, BLOCK, lanes):
             quants = v.nearest(v.load(v.f32, source + 4 * i) * inverse)
             v.store(target + SCALE_NBYTES + i, v.convert(bytes_kind, quants))
 
-    quantise = v.function(quantise_block)
+    return v.function(quantise)
 
-    def write(source, target, width):
-        tail, whole = stack(), width - width % elements
-        for i in range(0, whole, elements):
-            quantise(source + 4 * i, target + i // elements * nbytes)
-        if whole < width:
-            for i in range(0, elements, lanes):
-                v.store(tail + 4 * i, v.zero(v.f32))
-            for i in range(whole, width):
-                v.store(tail + 4 * (i - whole), v.load(v.float32, source + 4 * i))
-            quantise(tail, target + whole // elements * nbytes)
 
-    return v.function(write)
+def _q4_0(v: Any) -> Any:
+    lanes, bytes_kind, peak = v.lanes, getattr(v, f"i8x{v.lanes}"), _peak(v)
+    magic, one = np.float32(12582912), np.float32(1)  # 1.5 · 2^23 rounds to the nearest whole number
+
+    def four(source, inverse):
+        x = v.load(v.f32, source) * inverse + np.float32(8.5)
+        near = (x + magic) - magic
+        below = v.above(near, x, near - one, near)
+        return v.nearest(v.minimum(below, v.splat(v.f32, np.float32(15))))
+
+    four = v.function(four)
+
+    def quantise(source, target):
+        size, wrong = peak(source)
+        signed = size
+        for i in range(BLOCK - 1, -1, -1):
+            x = v.load(v.float32, source + 4 * i)
+            signed = x if abs(x) == size else signed
+        scale = signed / np.float32(-8) + wrong
+        inverse = one / scale if abs(scale) > SMALLEST else np.float32(0)
+        v.store_half(target, scale)
+        for i in range(0, BLOCK // 2, lanes):
+            low, high = four(source + 4 * i, inverse), four(source + 4 * (i + BLOCK // 2), inverse)
+            v.store(target + SCALE_NBYTES + i, v.convert(bytes_kind, low | (high << 4)))
+
+    return v.function(quantise)

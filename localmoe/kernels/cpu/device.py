@@ -11,6 +11,10 @@ import numpy.typing as npt
 
 from localmoe.errors import SettingError
 from localmoe.formats import KV_FORMATS, Bytes, Weight
+from localmoe.interrupt import Uninterrupted
+from localmoe.kernels import shifting
+from localmoe.kernels.angles import rope_angles
+from localmoe.kernels.cache_blocks import decoded, encoded
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
@@ -31,7 +35,7 @@ from localmoe.kernels.program import (
     cache_row,
 )
 from localmoe.kernels.residency import Residency
-from localmoe.kernels.rewrites import experts_late, with_guesses
+from localmoe.kernels.rewrites import experts_late, shared_early, with_guesses
 
 ALIGNMENT = 64
 CHUNK_ENTRIES = 16  # of a chunk's tape in one native call: about a layer
@@ -63,8 +67,7 @@ class CpuDevice:
 
     def compile_all(self, programs: Sequence[Program], residency: Residency | None = None) -> list[CpuPlan]:
         """Lower every op to tape entries; kernels that are found nowhere are compiled now, under one count."""
-        if residency:
-            programs = [experts_late(with_guesses(p) if residency.lookahead else p) for p in programs]
+        programs = [_arranged(program, residency) for program in programs]
         lowerings = [Lowering(self, program, residency) for program in programs]
         for lowering in lowerings:
             lowering.run()
@@ -94,7 +97,7 @@ class CpuDevice:
         cache += sum(array.nbytes for array in device._states.values())
         working = sum(angles.nbytes for _, angles in device._tables.values())
         for program in programs:
-            lowering = UnreadLowering(device, program)
+            lowering = UnreadLowering(device, _arranged(program, None))
             lowering.run()
             working += lowering.arena.size + sum(array.nbytes for array in lowering.kept)
         return cache, working
@@ -102,8 +105,9 @@ class CpuDevice:
     def threads_run(self, tape: npt.NDArray[np.int64]) -> None:
         """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
         if self.team is None:
-            self.team = Team(self.threads, *map(self.kernels.address, ("run_tape", "serve_tapes")))
-            self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
+            with Uninterrupted():
+                self.team = Team(self.threads, *map(self.kernels.address, ("run_tape", "serve_tapes")))
+                self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
         self.team.run(tape.ctypes.data, len(tape))
 
     def cache(self, layer: CacheLayer) -> tuple[Bytes, Bytes | None]:
@@ -120,6 +124,24 @@ class CpuDevice:
             self._states[layer.index] = zeros((slots, layer.nbytes), np.dtype(np.uint8))
         return self._states[layer.index]
 
+    def cache_bytes(self, program: Program) -> tuple[list[Bytes], list[Bytes]]:
+        rows = [array for layer in program.cache for array in self.cache(layer) if array is not None]
+        return rows, [self.state(layer, program.state_slots) for layer in program.states]
+
+    def shift(self, program: Program, start: int, stop: int, end: int) -> None:
+        for layer, turns in shifting.turns(program, self.kv):
+            keys, values = self.cache(layer)
+            for source, target in shifting.pieces(start, stop, end):
+                rows = keys[:, source].copy()
+                for turn in turns:
+                    first, last = turn.spans(layer.key_width)
+                    part = rows[..., self.kv.row_nbytes(first) : self.kv.row_nbytes(cache_row(last, self.kv))]
+                    read = decoded(part, self.kv, last - first)
+                    part[...] = encoded(turn.back(read, first, source.start, stop - start, self.context), self.kv)
+                keys[:, target] = rows
+                if values is not None:
+                    values[:, target] = values[:, source].copy()
+
     def _cache_shapes(self, layer: CacheLayer) -> list[tuple[int, int, int]]:
         widths = [width for width in (layer.key_width, layer.value_width) if width is not None]
         return [(layer.heads, self.context, self.kv.row_nbytes(cache_row(width, self.kv))) for width in widths]
@@ -127,8 +149,6 @@ class CpuDevice:
     def rope_table(self, table: RopeTable) -> Floats:
         """(S, n, 2): cos and sin of every position of the context, as the reference computes them."""
         if id(table) not in self._tables:
-            from localmoe.kernels.reference import rope_angles
-
             self._tables[id(table)] = (
                 table,
                 np.ascontiguousarray(np.stack(rope_angles(table, 0, self.context), axis=-1)),
@@ -145,6 +165,12 @@ class CpuDevice:
     def _report(self, done: int, total: int, name: str) -> None:
         if self.progress:
             self.progress("compiling kernels (first start only)", done, total)
+
+
+def _arranged(program: Program, residency: Residency | None) -> Program:
+    if residency:
+        return experts_late(with_guesses(program) if residency.lookahead else program)
+    return shared_early(program) if program.tokens == 1 else program
 
 
 class UnreadLowering(Lowering):
@@ -169,7 +195,7 @@ class CpuPlan:
 
     def __init__(self, device: CpuDevice, program: Program, lowering: Lowering) -> None:
         self._device = device
-        self._program = program
+        self.program = program  # its ops in the order in which they run
         self._kept = lowering  # the arena, the address tables and the views that the tape's arguments point into
         self._arena = zeros((lowering.arena.size,), np.dtype(np.uint8))
         base = self._arena.ctypes.data
@@ -191,11 +217,11 @@ class CpuPlan:
         return np.array(self._output[: min(tokens.size, len(self._output))], np.float32)
 
     def watch(self, tokens: npt.NDArray[np.int32], position: int, see: Watcher) -> Floats:
-        assert self._program.tokens > 1, "in a step of one token threads have copies of their own"
+        assert self.program.tokens > 1, "in a step of one token threads have copies of their own"
         self._begin(tokens, position, IN_PLACE)
         owners = np.asarray(self.owners())
         pauses = {id(pause.ids): pause for pause in self._kept.pauses}
-        for i, op in enumerate(self._program.ops):
+        for i, op in enumerate(self.program.ops):
             entries = np.flatnonzero(owners == i)
             pause = pauses.get(id(op.inputs[1])) if op.name == "experts" else None
             if pause and not self._all_there(pause, tokens.size):
@@ -210,7 +236,7 @@ class CpuPlan:
 
     def _walk(self, start: int, stop: int) -> None:
         # A chunk of a large model takes many seconds: between these pieces Python hears Ctrl+C.
-        entries = len(self._tape) if self._program.tokens == 1 else CHUNK_ENTRIES
+        entries = len(self._tape) if self.program.tokens == 1 else CHUNK_ENTRIES
         for first in range(start, stop, entries):
             self._device.threads_run(self._tape[first : min(first + entries, stop)])
 

@@ -9,6 +9,7 @@ numba: to be imported only where something must be compiled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -76,7 +77,10 @@ def lower(function: Callable[..., None], name: str, arguments: int, isa: Isa) ->
     )
     library.finalize()
     entry = _entry(name, compiled.fndesc.mangled_name, arguments, isa)
-    module = llvm.parse_assembly(f"{library.get_llvm_str()}\n{entry}")
+    # Without the attribute, a loop that stores zeros would become a call of the C library's memset.
+    text = f"{library.get_llvm_str()}\n{entry}"
+    text = re.sub(r"^(define .*\))( (?:#\d+ )?\{)$", r'\1 "no-builtins"\2', text, flags=re.MULTILINE)
+    module = llvm.parse_assembly(text)
     module.triple = isa.triple
     for symbol in (*module.functions, *module.global_variables):
         if not symbol.is_declaration and symbol.name != name:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 
 from localmoe.errors import DeviceError
+from localmoe.interrupt import Uninterrupted
 
 NAMES = ("avx512", "avx2", "portable")
 _NEEDS = {
@@ -71,19 +73,30 @@ TARGETS = (
 )
 
 
+class Host(NamedTuple):
+    """This processor, in LLVM's words."""
+
+    features: dict[str, bool]
+    feature_string: str
+    processor: str
+    triple: str
+
+    @property
+    def is_x86(self) -> bool:
+        return Isa("", 0, "", "", self.triple).x86
+
+
 @cache
-def _host_features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())
-
-
-def _host_is_x86() -> bool:
-    return Isa("", 0, "", "", llvm.get_process_triple()).x86
+def host() -> Host:
+    with Uninterrupted():  # llvmlite frees a text twice that is cut off between being freed and being forgotten
+        features = llvm.get_host_cpu_features()
+        return Host(dict(features), str(features.flatten()), llvm.get_host_cpu_name(), llvm.get_process_triple())
 
 
 def runnable() -> tuple[str, ...]:
     """Names of the instruction sets this host can run, best first."""
-    features = _host_features()
-    return tuple(n for n in NAMES if n == "portable" or (_host_is_x86() and all(features.get(f) for f in _NEEDS[n])))
+    own = host()
+    return tuple(n for n in NAMES if n == "portable" or (own.is_x86 and all(own.features.get(f) for f in _NEEDS[n])))
 
 
 def named(name: str) -> Isa:
@@ -93,12 +106,12 @@ def named(name: str) -> Isa:
     """
     if name not in runnable():
         raise DeviceError(f"instruction set {name!r} cannot run on this processor; possible: {', '.join(runnable())}")
-    triple = llvm.get_process_triple()
+    own = host()
     if name == "avx2":
-        return Isa(name, 8, "x86-64-v3", "", triple)
-    if name == "portable" and _host_is_x86():
-        return Isa(name, 8, "x86-64", "", triple)
-    return Isa(name, 16 if name == "avx512" else 8, llvm.get_host_cpu_name(), _feature_string(), triple)
+        return Isa(name, 8, "x86-64-v3", "", own.triple)
+    if name == "portable" and own.is_x86:
+        return Isa(name, 8, "x86-64", "", own.triple)
+    return Isa(name, 16 if name == "avx512" else 8, own.processor, own.feature_string, own.triple)
 
 
 def host_isa() -> Isa:
@@ -109,7 +122,7 @@ def host_isa() -> Isa:
 def target_of(isa: Isa) -> Target | None:
     """The target whose code this host runs best for an instruction set of its own: one of the processor's family, then
     the one that uses most of its features; None where there is none."""
-    features, family = _host_features(), llvm.get_host_cpu_name().rstrip("0123456789")
+    features, family = host().features, host().processor.rstrip("0123456789")
     fitting = (
         t
         for t in TARGETS
@@ -121,8 +134,3 @@ def target_of(isa: Isa) -> Target | None:
 def _platform(isa: Isa) -> tuple[str, bool]:
     """What decides on object format and calling convention: the machine, and whether the system is Linux."""
     return isa.triple.partition("-")[0], "linux" in isa.triple
-
-
-@cache
-def _feature_string() -> str:
-    return str(llvm.get_host_cpu_features().flatten())

@@ -17,6 +17,7 @@ from localmoe.errors import UnsupportedError
 from localmoe.formats import FORMATS, SCALED, Format
 from localmoe.kernels.cpu import (  # noqa: F401  (they register kernels)
     dequantise_grids,
+    matmul_avx2,
     matmul_avx512,
     matmul_entries_avx512,
     matmul_grids,
@@ -59,6 +60,9 @@ FAST: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
+FLOAT_COLUMNS = 2048  # of float32 activations, which stay in the first-level cache beside what is read
+
+
 def gemv_kernel(format: Format) -> tuple[str, str]:
     """The kernel that multiplies rows of `format`, and the kind of activations it reads.
 
@@ -81,33 +85,56 @@ def dequantise_kernel(format: Format) -> str:
 def _float_gemv(v: Any, load: Any, nbytes: int) -> Callable[..., None]:
     """Weights of `nbytes` each that `load(kind, address)` brings as float32; activations f32.
 
-    One row at a time: two or four, which share the loads of activations, are slower (rows of 4 and 11 KB).
+    One row at a time: two or four, which share the loads of activations, are slower (rows of 4 and 11 KB). But four
+    take turns at a piece of the activations, which else would come from the second level for each.
     """
-    lanes = v.lanes
+    lanes, piece, side = v.lanes, FLOAT_COLUMNS, 4
     first_lines, places, follow = stream(v)
+    held, step, width = v.stack(side * 16 * v.lanes), 4 * v.lanes, 4 * v.lanes * nbytes
+
+    def kept(sums, begun):
+        """The four vectors of a row's sums, zero where it has not begun."""
+        a, b, c, d = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32)
+        if begun:
+            a, b = v.load(v.f32, sums), v.load(v.f32, sums + 4 * lanes)
+            c, d = v.load(v.f32, sums + 8 * lanes), v.load(v.f32, sums + 12 * lanes)
+        return a, b, c, d
+
+    kept = v.function(kept)
 
     def gemv(weights, row_nbytes, activations, out, columns, row_start, row_stop):
-        whole = columns - columns % lanes
-        fours, step_nbytes, end = columns - columns % (4 * lanes), 4 * lanes * nbytes, weights + row_stop * row_nbytes
-        first_lines(weights + row_start * row_nbytes, end, row_nbytes)
-        for row in range(row_start, row_stop):
-            w = weights + row * row_nbytes
-            far, near = places(w, end, row_nbytes)
-            a, b, c, d = v.zero(v.f32), v.zero(v.f32), v.zero(v.f32), v.zero(v.f32)
-            for k in range(0, fours, 4 * lanes):
-                p = w + k * nbytes
-                x = activations + k * 4
-                follow(far, near, k * nbytes, k * nbytes + step_nbytes)
-                a = v.fma(load(v.f32, p), v.load(v.f32, x), a)
-                b = v.fma(load(v.f32, p + lanes * nbytes), v.load(v.f32, x + lanes * 4), b)
-                c = v.fma(load(v.f32, p + 2 * lanes * nbytes), v.load(v.f32, x + lanes * 8), c)
-                d = v.fma(load(v.f32, p + 3 * lanes * nbytes), v.load(v.f32, x + lanes * 12), d)
-            for k in range(fours, whole, lanes):
-                a = v.fma(load(v.f32, w + k * nbytes), v.load(v.f32, activations + k * 4), a)
-            total = v.total((a + b) + (c + d))
-            for k in range(whole, columns):
-                total = v.fma(load(v.float32, w + k * nbytes), v.load(v.float32, activations + k * 4), total)
-            v.store(out + row * 4, total)
+        fours, whole, together = columns - columns % step, columns - columns % lanes, side * row_nbytes
+        end, sums = weights + row_stop * row_nbytes, held()
+        first_lines(weights + row_start * row_nbytes, end, together)
+        for row in range(row_start, row_stop, side):
+            w, rows = weights + row * row_nbytes, min(side, row_stop - row)
+            far, near = places(w, end, together)
+            for start in range(0, fours, piece):
+                count = min(piece, fours - start)
+                for r in range(rows):
+                    p, x, place = w + r * row_nbytes + start * nbytes, activations + 4 * start, sums + 16 * r * lanes
+                    ahead = (side * start + r * count) * nbytes
+                    a, b, c, d = kept(place, start > 0)
+                    for k in range(0, count, step):
+                        q, y = p + k * nbytes, x + k * 4
+                        follow(far, near, ahead + k * nbytes, ahead + k * nbytes + width)
+                        a = v.fma(load(v.f32, q), v.load(v.f32, y), a)
+                        b = v.fma(load(v.f32, q + lanes * nbytes), v.load(v.f32, y + lanes * 4), b)
+                        c = v.fma(load(v.f32, q + 2 * lanes * nbytes), v.load(v.f32, y + lanes * 8), c)
+                        d = v.fma(load(v.f32, q + 3 * lanes * nbytes), v.load(v.f32, y + lanes * 12), d)
+                    v.store(place, a)
+                    v.store(place + 4 * lanes, b)
+                    v.store(place + 8 * lanes, c)
+                    v.store(place + 12 * lanes, d)
+            for r in range(rows):
+                p = w + r * row_nbytes
+                a, b, c, d = kept(sums + 16 * r * lanes, fours > 0)
+                for k in range(fours, whole, lanes):
+                    a = v.fma(load(v.f32, p + k * nbytes), v.load(v.f32, activations + k * 4), a)
+                total = v.total((a + b) + (c + d))
+                for k in range(whole, columns):
+                    total = v.fma(load(v.float32, p + k * nbytes), v.load(v.float32, activations + k * 4), total)
+                v.store(out + (row + r) * 4, total)
 
     return gemv
 

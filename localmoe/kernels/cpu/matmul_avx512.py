@@ -9,7 +9,8 @@ import numpy as np
 
 from localmoe.kernels.cpu.blocks import E2M1, iq4_values
 from localmoe.kernels.cpu.build import kernel
-from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, four_rows, joined
+from localmoe.kernels.cpu.rows import four_rows
+from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, joined
 
 
 def _windows(nbytes: int, offset: int, size: int) -> tuple[int, int]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from localmoe.kernels.cpu.blocks import code_book
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.grids import GRIDS
-from localmoe.kernels.cpu.rows_avx512 import four_rows, two_halves
+from localmoe.kernels.cpu.rows import four_rows
+from localmoe.kernels.cpu.rows_avx512 import two_halves
 
 OFFSET = 128  # is added to values, as products take one unsigned operand
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from localmoe.kernels.cpu.blocks import iq4_values
 from localmoe.kernels.cpu.build import kernel
-from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, four_rows, in_pieces, joined, two_halves
+from localmoe.kernels.cpu.rows import four_rows
+from localmoe.kernels.cpu.rows_avx512 import alternating, each_row, in_pieces, joined, two_halves
 
 
 def _pair_sums(v: Any) -> Any:

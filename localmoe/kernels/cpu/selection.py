@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localmoe.formats import F16, F32, FORMATS, Format
-from localmoe.kernels.cpu import attention_decode
+from localmoe.kernels.cache_blocks import TAKEN
+from localmoe.kernels.cpu import attention_decode, rotation
 from localmoe.kernels.cpu.arguments import Argument, row_count, slots, step_position
 from localmoe.kernels.cpu.attention_decode import AHEAD, CHUNK, HEADS, SCORES_STRIDE
 from localmoe.kernels.cpu.build import kernel
@@ -31,7 +32,8 @@ def _index(v: Any, format: Format) -> Any:
 
     slot, rows, position, nbytes = slots(v), row_count(v), step_position(v), row_nbytes(v, format)
     one, span = vector_rows.products(v.isa, 1, format, 4), vector_rows.span(v.isa, format)
-    stack = v.stack(4 * v.lanes)
+    stack, quantised = v.stack(4 * v.lanes), format.elements > 1
+    turn = rotation.row_turner(v)
 
     def run(a, thread, threads):
         heads, width, padded, begin = slot(a, 3), slot(a, 4), slot(a, 10), slot(a, 12)
@@ -48,6 +50,8 @@ def _index(v: Any, format: Format) -> Any:
                 for i in range(padded):
                     x = v.load(v.float32, source + 4 * i) if i < width else np.float32(0)
                     v.store(query + 4 * (h * padded + i), x)
+            if quantised and count > 0:
+                turn(query, heads * padded, TAKEN)
             weights, target = slot(a, 7) + t * slot(a, 8), slot(a, 14) + (t - begin) * slot(a, 15) + 4 * start
             for s in range(0, count, v.lanes):
                 row, total = slot(a, 9) + (start + s) * stride, zero
@@ -77,6 +81,12 @@ def select_scores_f32(v: Any) -> Any:
 def select_scores_q8_0(v: Any) -> Any:
     """As select_scores_f16."""
     return _index(v, FORMATS["Q8_0"])
+
+
+@kernel("select_scores_q4_0", 3)
+def select_scores_q4_0(v: Any) -> Any:
+    """As select_scores_f16."""
+    return _index(v, FORMATS["Q4_0"])
 
 
 @kernel("select_best", 3)
@@ -123,9 +133,9 @@ def select_best(v: Any) -> Any:
 
 def _attend(v: Any, format: Format) -> Any:
     slot, rows, position, nbytes = slots(v), row_count(v), step_position(v), row_nbytes(v, format)
-    scale_queries, score = attention_decode.query_scaler(v), attention_decode.key_scorer(v, format)
+    scale_queries, score = attention_decode.query_scaler(v, format), attention_decode.key_scorer(v, format)
     soften, gather = attention_decode.softener(v), attention_decode.gatherer(v, format)
-    merge, bring = attention_decode.merger(v), _bring(v)
+    merge, bring = attention_decode.merger(v, format), _bring(v)
 
     def run(a, thread, threads):
         heads, kv_heads, first, chosen = slot(a, 3), slot(a, 7), position(a), slot(a, 19)
@@ -192,6 +202,12 @@ def attention_selected_q8_0(v: Any) -> Any:
     return _attend(v, FORMATS["Q8_0"])
 
 
+@kernel("attention_selected_q4_0", 3)
+def attention_selected_q4_0(v: Any) -> Any:
+    """As attention_selected_f16."""
+    return _attend(v, FORMATS["Q4_0"])
+
+
 def lower_select(lowering: Lowering, op: Op) -> None:
     (q, weights), (ids,) = op.inputs, op.outputs
     layer: CacheLayer = op.attributes["cache"]
@@ -205,9 +221,10 @@ def lower_select(lowering: Lowering, op: Op) -> None:
     room = (lowering.temporary(query_nbytes * lowering.threads), query_nbytes)
     queries = (lowering.at(q), heads, q.shape[2], 4 * q.strides[0], 4 * q.strides[1])
     cached = (lowering.at(weights), 4 * weights.strides[0], keys.ctypes.data, padded, context)
+    name = f"select_scores_{format.name.lower()}"
     for first in range(0, q.shape[0], TOKENS):
         part = (first, TOKENS)
-        lowering.emit(f"select_scores_{format.name.lower()}", q, *queries, *cached, *part, scores, scores_nbytes, *room)
+        lowering.emit(name, q, *queries, *cached, *part, scores, scores_nbytes, *room)
         lowering.emit("select_best", q, scores, scores_nbytes, *part, lowering.at(ids), ids.shape[1])
 
 

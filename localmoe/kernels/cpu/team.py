@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.interrupt import start_threads
 from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
 
-SPINS, FEW_SPINS = 2000, 8  # pauses before a thread sleeps: 2000 are some 30 µs
-IDLE_SPINS = 10_000  # the same between two tapes
+# Pauses before a thread sleeps: 20,000 are some 300 µs, longer than a thread waits for the other's share of a product.
+SPINS, FEW_SPINS = 20_000, 8
+IDLE_SPINS = 20_000  # the same between two tapes
 FOREVER = 1 << 62
 _LINE = 64  # bytes: each of these words has a cache line of its own
 ARRIVALS, GENERATION, SLEEPERS, SLEPT, SYSTEM, JOBS, IDLE, JOB = (_LINE * i for i in range(8))
@@ -194,8 +196,7 @@ class Team:
             gate.acquire()
         work = self._work_by_gates if self._gates else self._work
         self._workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(threads - 1)]
-        for worker in self._workers:
-            worker.start()
+        start_threads(self._workers)
 
     def run(self, tape: int, entries: int) -> None:
         """Run a tape of one or more entries with all threads; returns when every one has come to the last barrier."""

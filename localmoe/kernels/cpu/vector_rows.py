@@ -1,6 +1,6 @@
 """Vector operations on rows of numbers, for attention: queries times keys, the exp of a softmax, weighted sums of rows.
 
-Rows are F32, F16 or Q8_0, which only `_columns` and `_scale` tell apart. Imports numba: to be imported only where
+Rows are F32, F16, Q8_0 or Q4_0, which only `_columns` and `_scale` tell apart. Imports numba: to be imported only where
 something must be compiled.
 """
 
@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 
 from localmoe.formats import Format
-from localmoe.kernels.cpu.cache_rows import SCALE_NBYTES
+from localmoe.kernels.cache_blocks import SCALE_NBYTES
 from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import F32, I32, I64, Lowering, call, operation, shuffled, spread
 from localmoe.kernels.cpu.vector_maths import fused
@@ -47,8 +47,23 @@ def _columns(b: ir.IRBuilder, isa: Isa, place: ir.Value, format: Format, column:
         return _vector(b, place, offset, ir.VectorType(F32, isa.lanes))
     if format.name == "F16":
         return half_to_float(b, isa, _vector(b, place, offset, ir.VectorType(I16, isa.lanes)))
+    if format.name == "Q4_0":
+        return _nibbles(b, isa, place, offset + SCALE_NBYTES, inside)
     quants = _vector(b, place, offset + SCALE_NBYTES + inside, ir.VectorType(I8, isa.lanes))
     return b.sitofp(quants, ir.VectorType(F32, isa.lanes))
+
+
+def _nibbles(b: ir.IRBuilder, isa: Isa, place: ir.Value, offset: int, column: int) -> ir.Value:
+    """The float32 of four bits each, -8 to 7, from a column of 32: the first 16 are low halves of bytes."""
+    high, first = divmod(column, 16)
+    floats, packed = ir.VectorType(F32, isa.lanes), _vector(b, place, offset + first, ir.VectorType(I8, isa.lanes))
+    if isa.name == "avx512":  # looked up: of an index only four bits count
+        wide = b.zext(packed, ir.VectorType(I32, 16))
+        values = ir.Constant(floats, [ir.Constant(F32, float(x)) for x in range(-8, 8)])
+        index = b.lshr(wide, number(wide.type, 4)) if high else wide
+        return call(b, "llvm.x86.avx512.permvar.sf.512", floats, values, index)
+    four = b.lshr(packed, number(packed.type, 4)) if high else b.and_(packed, number(packed.type, 15))
+    return b.sitofp(b.sub(four, number(packed.type, 8)), floats)
 
 
 def _scale(b: ir.IRBuilder, isa: Isa, place: ir.Value, format: Format, column: int) -> ir.Value | None:
@@ -103,6 +118,38 @@ def softmax_exp(isa: Isa) -> Any:
         return x, lowered
 
     return exp
+
+
+def transformed(isa: Isa, columns: int) -> Any:
+    """`transformed(isa, columns)` in the factory: name(row, factor) multiplies float32[columns], in place, by a factor
+    and the Walsh-Hadamard matrix."""
+    lanes, floats = isa.lanes, ir.VectorType(F32, isa.lanes)
+
+    def within(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+        for step in (1 << i for i in range(lanes.bit_length() - 1)):
+            other = shuffled(b, x, x, [i ^ step for i in range(lanes)])
+            lower = [i + lanes if i & step else i for i in range(lanes)]
+            x = shuffled(b, b.fadd(x, other), b.fsub(other, x), lower)
+        return x
+
+    @operation
+    def transform(row: Any, factor: Any) -> Defined:
+        def lowered(b: ir.IRBuilder, start: ir.Value, by: ir.Value) -> ir.Value:
+            place, factors = pointer(b, start, I8), spread(b, by, lanes)
+            offsets = range(0, 4 * columns, 4 * lanes)
+            held = [within(b, b.fmul(_vector(b, place, offset, floats), factors)) for offset in offsets]
+            step = 1
+            while step < len(held):
+                pairs = {i: (held[i & ~step], held[i | step]) for i in range(len(held))}
+                held = [b.fsub(x, y) if i & step else b.fadd(x, y) for i, (x, y) in pairs.items()]
+                step *= 2
+            for offset, x in zip(offsets, held, strict=True):
+                b.store(x, b.bitcast(b.gep(place, [I64(offset)], source_etype=I8), floats.as_pointer()), align=4)
+            return ir.Constant(I8.as_pointer(), None)
+
+        return types.void, lowered
+
+    return transform
 
 
 def products(isa: Isa, queries: int, format: Format, out_stride: int) -> Any:
