@@ -25,6 +25,7 @@ from localmoe.conversation import lines, recovery
 from localmoe.conversation.library import Library
 from localmoe.conversation.lines import DEPTH_LIMIT, header_of, line_of, piece_line, read_line
 from localmoe.conversation.saved import Saved
+from localmoe.conversation.storage import JournalFile
 from localmoe.conversation.tree import Conversation
 from localmoe.errors import ConversationError
 
@@ -871,6 +872,18 @@ def test_where_there_are_no_locks_nobody_is_kept_out(library: Library, monkeypat
     assert state(one.conversation) == state(two.conversation) == state(whole)
     one.close()
     two.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock is not for Windows")
+def test_a_closed_journal_opens_again_while_a_forked_process_still_has_its_handle(tmp_path: Path) -> None:
+    path = tmp_path / "a.journal"
+    file = JournalFile.create(path)
+    forked = os.dup(file._handle)  # shares its lock, as a child's copy does between fork and exec
+    with pytest.raises(ConversationError, match="a is open in another localmoe"):
+        JournalFile.open(path)
+    file.close()
+    JournalFile.open(path).close()
+    os.close(forked)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="flock is not for Windows")

@@ -130,6 +130,7 @@ class JournalFile:
         """The lock is gone with it."""
         handle, self._handle = self._handle, -1
         if handle >= 0:
+            unlock(handle)
             os.close(handle)
 
 
@@ -164,3 +165,12 @@ def lock(handle: int, path: Path) -> None:
     except OSError as error:
         if error.errno in _LOCKED:
             raise ConversationError(f"{path.stem} is open in another localmoe") from None
+
+
+def unlock(handle: int) -> None:
+    """Hold it no longer. Closing does so too, but not while a process that a thread has just forked has the handle."""
+    if sys.platform != "win32":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
