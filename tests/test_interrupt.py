@@ -22,7 +22,7 @@ from localmoe.formats import F32, Weight
 from localmoe.interrupt import Pool, Uninterrupted, start_threads
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.team import Team
+from localmoe.kernels.cpu.team import KERNELS, Team
 from localmoe.prefault import Prefault
 from localmoe.prompt_cache.writer import Writer
 from localmoe.repl.render import Screen
@@ -284,9 +284,9 @@ def test_kernels_are_loaded_or_not() -> None:
 
 
 def test_a_team_is_there_or_not() -> None:
-    kernels, names = Kernels(host_isa()), ("run_tape", "serve_tapes")
-    kernels.prepare(names)
+    kernels = Kernels(host_isa())
+    kernels.prepare(KERNELS)
     held: list[Team] = []
-    for _ in interrupted(lambda: held.append(Team(3, *map(kernels.address, names)))):
+    for _ in interrupted(lambda: held.append(Team(3, *map(kernels.address, KERNELS)))):
         while held:
             held.pop().close()

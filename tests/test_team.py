@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import ctypes
 import faulthandler
 import gc
+import itertools
 import operator
 import signal
 import sys
@@ -22,7 +24,7 @@ from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import Kernels, kernel
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.team import IDLE_SPINS, SPINS, Patience, Team
+from localmoe.kernels.cpu.team import KERNELS, Patience, Team, spins_within
 
 
 @kernel("test_turns", 3)
@@ -65,7 +67,7 @@ class Tape:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """Compiled here: the cache's fingerprint does not know this file."""
     made = Kernels(host_isa(), tmp_path_factory.mktemp("kernels"))
-    made.prepare(("run_tape", "serve_tapes", "test_turns"))
+    made.prepare((*KERNELS, "test_turns"))
     return made
 
 
@@ -84,7 +86,7 @@ def waking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def team_of(kernels: Kernels, threads: int) -> Team:
-    return Team(threads, kernels.address("run_tape"), kernels.address("serve_tapes"))
+    return Team(threads, *map(kernels.address, KERNELS))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
@@ -201,13 +203,26 @@ def test_a_model_that_is_dropped_without_close_takes_its_threads_along() -> None
 
 
 def test_a_team_that_sleeps_at_most_barriers_stops_spinning_and_tries_again_ever_more_rarely() -> None:
-    patience, tried = Patience(), []
+    patience, tried = Patience(5000), []
     for step in range(200):
-        if patience.spins == (SPINS, IDLE_SPINS):
+        if patience.spins == 5000:
             tried.append(step)
         patience.learn(barriers=100, sleeps=90)
     assert tried == [0, 17, 50, 115]
-    while patience.spins != (SPINS, IDLE_SPINS):
+    while patience.spins != 5000:
         patience.learn(barriers=100, sleeps=100)
     patience.learn(barriers=100, sleeps=3)
-    assert patience.spins == (SPINS, IDLE_SPINS)
+    assert patience.spins == 5000
+
+
+@pytest.mark.parametrize(("nanoseconds", "pauses"), [(15, 20_000), (45, 6_666), (0, 200_000), (10_000, 2_000)])
+def test_pauses_are_as_many_as_fit_into_the_time(
+    monkeypatch: pytest.MonkeyPatch, nanoseconds: int, pauses: int
+) -> None:
+    """By a clock that stands still but for pauses, of which the first thousand were held up."""
+    ticks = itertools.chain([0.0, 1.0], *([t, t + nanoseconds * 1e-6] for t in (1.0, 2.0)))
+    monkeypatch.setattr("localmoe.kernels.cpu.team.time", SimpleNamespace(perf_counter=partial(next, ticks)))
+    asked: list[int] = []
+    call = ctypes.CFUNCTYPE(None, ctypes.c_int64)(asked.append)
+    assert spins_within(300e-6, ctypes.cast(call, ctypes.c_void_p).value or 0) == pytest.approx(pauses, abs=1)
+    assert asked == [1000] * 3

@@ -19,7 +19,7 @@ from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering
-from localmoe.kernels.cpu.team import Team
+from localmoe.kernels.cpu.team import KERNELS, Team
 from localmoe.kernels.cpu.waves import COUNTERS, Pause
 from localmoe.kernels.program import (
     IN_PLACE,
@@ -72,7 +72,7 @@ class CpuDevice:
         for lowering in lowerings:
             lowering.run()
         names = [name for lowering in lowerings for name in lowering.kernel_names()]
-        self.kernels.prepare(("run_tape", "serve_tapes", *names), self._report)
+        self.kernels.prepare((*KERNELS, *names), self._report)
         return [CpuPlan(self, program, lowering) for program, lowering in zip(programs, lowerings, strict=True)]
 
     @classmethod
@@ -106,7 +106,7 @@ class CpuDevice:
         """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
         if self.team is None:
             with Uninterrupted():
-                self.team = Team(self.threads, *map(self.kernels.address, ("run_tape", "serve_tapes")))
+                self.team = Team(self.threads, *map(self.kernels.address, KERNELS))
                 self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
         self.team.run(tape.ctypes.data, len(tape))
 

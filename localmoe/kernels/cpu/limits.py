@@ -12,6 +12,7 @@ import numpy as np
 from localmoe.formats import Bytes
 from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.team import KERNELS
 
 if TYPE_CHECKING:
     from localmoe.kernels.cpu.device import CpuDevice
@@ -135,7 +136,7 @@ class Limits:
     def __init__(self, device: CpuDevice, data: Bytes | None = None) -> None:
         """`data` is memory to read, for instance that of another Limits; without it READ_NBYTES are allocated."""
         self._device = device
-        device.kernels.prepare(("run_tape", "serve_tapes", "limit_read", "limit_read_second", "limit_fma", "limit_dot"))
+        device.kernels.prepare((*KERNELS, "limit_read", "limit_read_second", "limit_fma", "limit_dot"))
         self.data = np.ones(READ_NBYTES, np.uint8) if data is None else data
         self._results = np.zeros(64 * (device.threads + 1), np.uint8)
 

@@ -15,6 +15,7 @@ import operator
 import platform
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -26,27 +27,28 @@ from localmoe.interrupt import start_threads
 from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
 
-# Pauses before a thread sleeps: 20,000 are some 300 µs, longer than a thread waits for the other's share of a product.
-SPINS, FEW_SPINS = 20_000, 8
-IDLE_SPINS = 20_000  # the same between two tapes
+KERNELS = ("run_tape", "serve_tapes", "pauses")  # what a Team is made of
+# How long a thread spins before it sleeps, at a barrier and between two tapes: longer than it waits for the other's
+# share of a product. Pauses are what it counts; one lasts 15 to 50 ns, by the processor.
+SPIN_SECONDS = 300e-6
+FEW_SPINS = 8
+_TRIED_PAUSES, _LEAST_SPINS, _MOST_SPINS = 1_000, 2_000, 200_000
 FOREVER = 1 << 62
 _LINE = 64  # bytes: each of these words has a cache line of its own
 ARRIVALS, GENERATION, SLEEPERS, SLEPT, SYSTEM, JOBS, IDLE, JOB = (_LINE * i for i in range(8))
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # numbers of the system call on Linux
 
 
-@kernel("run_tape", 6)
+@kernel("run_tape", 5)
 def run_tape(v: Any) -> Any:
-    """(tape, entries, sync, spins, idle spins, threads): hand a tape to all threads, and run it as the first of
-    them."""
+    """(tape, entries, sync, spins, threads): hand a tape to all threads, and run it as the first of them."""
     walk, (_, wake) = walking(v), futex(v)
 
-    def lead(tape, entries, sync, spins, idle, threads):  # type: ignore[no-untyped-def]
+    def lead(tape, entries, sync, spins, threads):  # type: ignore[no-untyped-def]
         if threads > 1:
             v.store(sync + JOB, tape)
             v.store(sync + JOB + 8, entries)
             v.store(sync + JOB + 16, spins)
-            v.store(sync + JOB + 24, idle)
             v.atomic_add(sync + JOBS, 1)
             if v.atomic_add(sync + IDLE, 0) > 0:
                 wake(sync, sync + JOBS)
@@ -68,7 +70,7 @@ def serve_tapes(v: Any) -> Any:
             while v.atomic_load(sync + JOBS) == seen:
                 v.pause()
                 turns += 1
-                if turns > slot(sync + JOB, 3):
+                if turns > slot(sync + JOB, 2):
                     v.atomic_add(sync + IDLE, 1)
                     if v.atomic_load(sync + JOBS) == seen:
                         sleep(sync, sync + JOBS, seen)
@@ -79,6 +81,17 @@ def serve_tapes(v: Any) -> Any:
             walk(slot(sync + JOB, 0), slot(sync + JOB, 1), sync, slot(sync + JOB, 2), thread, threads)
 
     return serve
+
+
+@kernel("pauses", 1)
+def pauses(v: Any) -> Any:
+    """(how many): do nothing but that."""
+
+    def run(count):  # type: ignore[no-untyped-def]
+        for _ in range(count):
+            v.pause()
+
+    return run
 
 
 def walking(v: Any) -> Any:
@@ -153,14 +166,16 @@ class Patience:
 
     LEAST, MOST = 16, 1024
 
-    def __init__(self) -> None:
+    def __init__(self, spins: int) -> None:
+        """`spins`: pauses before a thread sleeps."""
+        self._spins = spins
         self._sleepy_steps = 0
         self._penalty = self.LEAST
 
     @property
-    def spins(self) -> tuple[int, int]:
+    def spins(self) -> int:
         """At the next step's barriers, and behind it."""
-        return (FEW_SPINS, FEW_SPINS) if self._sleepy_steps else (SPINS, IDLE_SPINS)
+        return FEW_SPINS if self._sleepy_steps else self._spins
 
     def learn(self, barriers: int, sleeps: int) -> None:
         """A step of so many barriers slept so many times, all threads together."""
@@ -176,11 +191,11 @@ class Team:
     """`threads` threads, the caller's among them, that use no core for longer than a moment when there is nothing to
     do."""
 
-    def __init__(self, threads: int, lead_address: int, serve_address: int) -> None:
-        """The addresses of `run_tape` and `serve_tapes`."""
+    def __init__(self, threads: int, lead_address: int, serve_address: int, pause_address: int) -> None:
+        """The addresses of KERNELS."""
         self.threads = threads
         # Calls through ctypes let go of the GIL.
-        self._lead = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(lead_address)
+        self._lead = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(lead_address)
         self._serve = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(serve_address)
         self._memory = np.zeros(9 * _LINE, np.uint8)
         self._sync = self._memory.ctypes.data + (-self._memory.ctypes.data % _LINE)
@@ -190,7 +205,7 @@ class Team:
         (ctypes.c_int64 * 2).from_address(self._sync + SYSTEM)[:] = [*system]
         # Where no system call wakes a thread, a lock of Python's does: held by its worker, the caller releases it.
         self._gates = [] if system[0] else [threading.Lock() for _ in range(threads - 1)]
-        self._patience = Patience()
+        self._patience = Patience(spins_within(SPIN_SECONDS, pause_address))
         self._closed = False
         for gate in self._gates:
             gate.acquire()
@@ -211,7 +226,7 @@ class Team:
             worker.join()
 
     def _hand_out(self, tape: int, entries: int) -> None:
-        lead = partial(self._lead, tape, entries, self._sync, *self._patience.spins, self.threads)
+        lead = partial(self._lead, tape, entries, self._sync, self._patience.spins, self.threads)
         # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
         # without the others.
         if self._gates:
@@ -229,6 +244,18 @@ class Team:
             self._gates[index].acquire()
             self._serve(self._sync, tapes, index + 1, self.threads, 1)
             tapes += 1
+
+
+def spins_within(seconds: float, pause_address: int) -> int:
+    """How many pauses last so long on this processor, by the fastest of a few tries; within bounds, whatever these
+    met."""
+    pause = ctypes.CFUNCTYPE(None, ctypes.c_int64)(pause_address)
+    tries = []
+    for _ in range(3):
+        before = time.perf_counter()
+        pause(_TRIED_PAUSES)
+        tries.append(time.perf_counter() - before)
+    return min(max(int(_TRIED_PAUSES * seconds / max(min(tries), 1e-9)), _LEAST_SPINS), _MOST_SPINS)
 
 
 def _futex_call() -> tuple[int, int]:
