@@ -61,7 +61,7 @@ class Target:
 _V3 = tuple("cx16 popcnt sahf ssse3 sse4.1 sse4.2 avx avx2 bmi bmi2 f16c fma lzcnt movbe".split())
 _VNNI = (*_V3, *"avx512f avx512bw avx512cd avx512dq avx512vl avx512vnni".split())
 _ZEN4 = (*_VNNI, *"sse4a avx512vbmi avx512vbmi2 avx512ifma avx512bitalg avx512vpopcntdq avx512bf16 gfni".split())
-_ZEN5 = (*_ZEN4, *"avxvnni avx512vp2intersect movdiri".split())
+_ZEN5 = (*_ZEN4, "avxvnni", "avx512vp2intersect")
 _X86, _ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 TARGETS = (
     Target("x86-64", Isa("portable", 8, "x86-64", "", _X86), ()),

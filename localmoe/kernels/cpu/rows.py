@@ -8,6 +8,8 @@ and more, 2 KB in place of 8 another one at rows under 2 KB. Where the threads t
 dropped: the second one of each line, for which most are there already, takes Q6_K from 87 to 97 % of a plain read. And
 where a mapped file lies in pages of 4 KB, one line of each page is wanted earlier still, so that the page's address is
 known by then: whole models in one thread, Q6_K +6 %, Q4_K_M +3 %, Q8_0 +1 %.
+
+Zen 5 wants the same lines in its first level: one thread reads Q6_K 29, Q8_0 20, Q4_0 15, F16 11 and Q4_K 6 % faster.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 FAR, NEAR = 8192, 512  # bytes beyond the next rows at which a line is prefetched, and prefetched once more
+FIRST_LEVEL = ("znver5",)  # processors, in LLVM's words, whose first level (48 KB) is the place for these lines
 PAGE, PAGES = 4096, 16384  # the smallest page; bytes beyond the next rows at which a line of each page is prefetched
 
 
@@ -25,12 +28,13 @@ def stream(v: Any) -> tuple[Any, Any, Any]:
     `first(begin, end, nbytes)` prefetches what comes before the others begin; `places(p, end, nbytes)` -> (far, near)
     while rows are read from p on; `follow(far, near, start, stop)` prefetches bytes `start` to `stop` of what follows.
     """
+    prefetch = v.prefetch if v.isa.processor in FIRST_LEVEL else v.prefetch_second
 
     def first(begin, end, nbytes):
         for page in range(begin, min(begin + nbytes + PAGES, end), PAGE):
             v.prefetch_second(page)
         for line in range(0, min(nbytes + FAR, end - begin), 64):
-            v.prefetch_second(begin + line)
+            prefetch(begin + line)
 
     def places(p, end, nbytes):
         for page in range(p + nbytes + PAGES, min(p + 2 * nbytes + PAGES, end), PAGE):
@@ -39,8 +43,8 @@ def stream(v: Any) -> tuple[Any, Any, Any]:
 
     def follow(far, near, start, stop):
         for line in range(start, stop, 64):
-            v.prefetch_second(far + line)
-            v.prefetch_second(near + line)
+            prefetch(far + line)
+            prefetch(near + line)
 
     return v.function(first), v.function(places), v.function(follow)
 
