@@ -21,6 +21,12 @@ _NEEDS = {
 }
 
 
+# Processors, in LLVM's words, whose first level (48 KB) is the place for a stream to come. On Zen 5, one thread, it
+# makes rows of Q6_K 29, Q8_0 20, Q4_0 15, F16 11 and Q4_K 6 % faster than the second, and attention at 8,192 tokens
+# without shared heads 1.3 to 1.5 times as fast; on Zen 4 rows lost a quarter.
+_STREAMS_FIRST = ("znver5",)
+
+
 @dataclass(frozen=True, slots=True)
 class Isa:
     """What code is emitted for: `lanes` float32 values in one vector, an LLVM processor, its feature string and its
@@ -35,6 +41,11 @@ class Isa:
     @property
     def x86(self) -> bool:
         return self.triple.startswith(("x86_64", "amd64"))
+
+    @property
+    def stream_level(self) -> int:
+        """The level of caches that memory is prefetched into which is read once, line after line."""
+        return 1 if self.processor in _STREAMS_FIRST else 2
 
     @property
     def fused(self) -> bool:

@@ -2,14 +2,13 @@
 set.
 
 Rows that are read at once, one or four, lie in one piece, and prefetched is what follows them, line after line, up to
-the last row and not beyond. Measured on Zen 4: a distance of its own for each of four rows leaves the beginnings of
-three unfetched or runs at a half of the speed; the first level in place of the second loses a quarter at rows of 2 KB
-and more, 2 KB in place of 8 another one at rows under 2 KB. Where the threads together saturate memory, prefetches are
-dropped: the second one of each line, for which most are there already, takes Q6_K from 87 to 97 % of a plain read. And
-where a mapped file lies in pages of 4 KB, one line of each page is wanted earlier still, so that the page's address is
-known by then: whole models in one thread, Q6_K +6 %, Q4_K_M +3 %, Q8_0 +1 %.
-
-Zen 5 wants the same lines in its first level: one thread reads Q6_K 29, Q8_0 20, Q4_0 15, F16 11 and Q4_K 6 % faster.
+the last row and not beyond, into the level of caches that `Isa.stream_level` names. Measured on Zen 4: a distance of
+its own for each of four rows leaves the beginnings of three unfetched or runs at a half of the speed; the first level
+in place of the second loses a quarter at rows of 2 KB and more, 2 KB in place of 8 another one at rows under 2 KB.
+Where the threads together saturate memory, prefetches are dropped: the second one of each line, for which most are
+there already, takes Q6_K from 87 to 97 % of a plain read. And where a mapped file lies in pages of 4 KB, one line of
+each page is wanted earlier still, so that the page's address is known by then: whole models in one thread, Q6_K +6 %,
+Q4_K_M +3 %, Q8_0 +1 %.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 FAR, NEAR = 8192, 512  # bytes beyond the next rows at which a line is prefetched, and prefetched once more
-FIRST_LEVEL = ("znver5",)  # processors, in LLVM's words, whose first level (48 KB) is the place for these lines
 PAGE, PAGES = 4096, 16384  # the smallest page; bytes beyond the next rows at which a line of each page is prefetched
 
 
@@ -28,13 +26,12 @@ def stream(v: Any) -> tuple[Any, Any, Any]:
     `first(begin, end, nbytes)` prefetches what comes before the others begin; `places(p, end, nbytes)` -> (far, near)
     while rows are read from p on; `follow(far, near, start, stop)` prefetches bytes `start` to `stop` of what follows.
     """
-    prefetch = v.prefetch if v.isa.processor in FIRST_LEVEL else v.prefetch_second
 
     def first(begin, end, nbytes):
         for page in range(begin, min(begin + nbytes + PAGES, end), PAGE):
             v.prefetch_second(page)
         for line in range(0, min(nbytes + FAR, end - begin), 64):
-            prefetch(begin + line)
+            v.prefetch_stream(begin + line)
 
     def places(p, end, nbytes):
         for page in range(p + nbytes + PAGES, min(p + 2 * nbytes + PAGES, end), PAGE):
@@ -43,8 +40,8 @@ def stream(v: Any) -> tuple[Any, Any, Any]:
 
     def follow(far, near, start, stop):
         for line in range(start, stop, 64):
-            prefetch(far + line)
-            prefetch(near + line)
+            v.prefetch_stream(far + line)
+            v.prefetch_stream(near + line)
 
     return v.function(first), v.function(places), v.function(follow)
 

@@ -82,7 +82,7 @@ def float_to_half(b: ir.IRBuilder, isa: Isa, x: ir.Value) -> ir.Value:
 
 
 def operations(isa: Isa) -> dict[str, Any]:
-    return {**_plain(), **_converting(isa), **_static(), **_machine(isa)}
+    return {**_plain(), **_prefetching(isa), **_converting(isa), **_static(), **_machine(isa)}
 
 
 def _plain() -> dict[str, Any]:
@@ -101,20 +101,32 @@ def _plain() -> dict[str, Any]:
 
         return types.void, lowered
 
-    def prefetch_into(locality: int) -> Any:
+    return {"load": load, "store": store}
+
+
+def _prefetching(isa: Isa) -> dict[str, Any]:
+    """v.prefetch(address), v.prefetch_second(address): a line into the first or second level; v.prefetch_stream: into
+    `Isa.stream_level`. Any address will do."""
+
+    def prefetch_into(level: int) -> Any:
         @operation
         def prefetch(address: types.Type) -> Defined:
             def lowered(b: ir.IRBuilder, a: ir.Value) -> ir.Value:
-                call(b, "llvm.prefetch.p0", ir.VoidType(), pointer(b, a, I8), I32(0), I32(locality), I32(1))
+                prefetched(b, pointer(b, a, I8), level)
                 return ir.Constant(I8.as_pointer(), None)
 
             return types.void, lowered
 
         return prefetch
 
-    # v.prefetch(address), v.prefetch_second(address): a line into the first or second level; any address will do.
-    prefetches = {"prefetch": prefetch_into(3), "prefetch_second": prefetch_into(2)}
-    return {"load": load, "store": store, **prefetches}
+    levels = {"prefetch": 1, "prefetch_second": 2, "prefetch_stream": isa.stream_level}
+    return {name: prefetch_into(level) for name, level in levels.items()}
+
+
+def prefetched(b: ir.IRBuilder, place: ir.Value, level: int) -> None:
+    """Ask for a line of memory into the first or second level."""
+    locality = 4 - level
+    call(b, "llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(locality), I32(1))
 
 
 def _converting(isa: Isa) -> dict[str, Any]:

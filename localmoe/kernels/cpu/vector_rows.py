@@ -18,7 +18,7 @@ from localmoe.kernels.cache_blocks import SCALE_NBYTES
 from localmoe.kernels.cpu.isa import Isa
 from localmoe.kernels.cpu.vector import F32, I32, I64, Lowering, call, operation, shuffled, spread
 from localmoe.kernels.cpu.vector_maths import fused
-from localmoe.kernels.cpu.vector_memory import fetch, half_to_float, number, pointer
+from localmoe.kernels.cpu.vector_memory import fetch, half_to_float, number, pointer, prefetched
 
 I8, I16 = ir.IntType(8), ir.IntType(16)
 LINE = 64
@@ -74,11 +74,11 @@ def _scale(b: ir.IRBuilder, isa: Isa, place: ir.Value, format: Format, column: i
     return spread(b, half_to_float(b, isa, bits), isa.lanes)
 
 
-def _prefetch(b: ir.IRBuilder, place: ir.Value, ahead: ir.Value, nbytes: int) -> None:
-    """Ask for `nbytes` of lines, `ahead` bytes behind a pointer, into the second level."""
+def _prefetch(b: ir.IRBuilder, isa: Isa, place: ir.Value, ahead: ir.Value, nbytes: int) -> None:
+    """Ask for `nbytes` of lines, `ahead` bytes behind a pointer."""
     for line in range(0, max(nbytes, LINE), LINE):
         address = b.gep(b.gep(place, [ahead], source_etype=I8), [I64(line)], source_etype=I8)
-        call(b, "llvm.prefetch.p0", ir.VoidType(), address, I32(0), I32(2), I32(1))
+        prefetched(b, address, isa.stream_level)
 
 
 def _lane_totals(b: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
@@ -190,7 +190,7 @@ def products(isa: Isa, queries: int, format: Format, out_stride: int) -> Any:
             for cell in cells:
                 b.store(ir.Constant(floats, [0.0] * lanes), held[cell])
             with cgutils.for_range(b, count) as loop:
-                _prefetch(b, _place(b, key, loop.index, max(keys * nbytes, LINE)), distance, keys * nbytes)
+                _prefetch(b, isa, _place(b, key, loop.index, max(keys * nbytes, LINE)), distance, keys * nbytes)
                 places = [_place(b, s, loop.index, 4 * columns) for s in query_starts]
                 spread_query = [[_vector(b, place, 4 * c, floats) for c in starts] for place in places]
                 for j, start in enumerate(key_starts):
@@ -244,7 +244,7 @@ def _add_rows(
     with cgutils.for_range(b, number) as loop:
         place = pointer(b, b.add(row, b.mul(loop.index, row_step)), I8)
         if strip.start == 0:
-            _prefetch(b, place, distance, format.row_nbytes(columns))
+            _prefetch(b, isa, place, distance, format.row_nbytes(columns))
         parts = {c: _columns(b, isa, place, format, c) for c in strip}
         scales = {} if format.elements == 1 else {c: _scale(b, isa, place, format, c) for c in blocks}
         if scales and sets * len(blocks) >= len(strip):  # a scale goes to what is fewer, vectors or factors
