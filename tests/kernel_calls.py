@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, quants
 
 from localmoe.formats import FORMATS
-from localmoe.kernels.cpu import activations
+from localmoe.kernels.cpu import activations, matmul  # noqa: F401  (with these come all kernels of formats)
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.isa import named
 

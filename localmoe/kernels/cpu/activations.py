@@ -75,32 +75,43 @@ def quantise_q8_32(v: Any) -> Callable[..., None]:
     return quantise
 
 
+def _sums_of_sixteen(v: Any) -> Any:
+    """(address of 16 · lanes int8) -> i32 of all lanes: sums of 16 neighbours, in order."""
+    lanes = v.lanes
+    even, odd = (v.shuffle([*range(side, 2 * lanes, 2)]) for side in (0, 1))
+    bytes_kind, ones = getattr(v, f"i8x{4 * lanes}"), v.constants(getattr(v, f"u8x{4 * lanes}"), 1)
+
+    def sums(p):
+        a = v.dot(v.zero(v.i32), ones(), v.load(bytes_kind, p))
+        b = v.dot(v.zero(v.i32), ones(), v.load(bytes_kind, p + 4 * lanes))
+        c = v.dot(v.zero(v.i32), ones(), v.load(bytes_kind, p + 8 * lanes))
+        d = v.dot(v.zero(v.i32), ones(), v.load(bytes_kind, p + 12 * lanes))
+        a, c = even(a, b) + odd(a, b), even(c, d) + odd(c, d)
+        return even(a, c) + odd(a, c)
+
+    return v.function(sums)
+
+
 @kernel("quantise_q8_256", arguments=3)
 def quantise_q8_256(v: Any) -> Callable[..., None]:
     """(x float32, activations q8_256, columns)"""
-    scale = _scale(v)
+    scale, sixteen, one_each = _scale(v), _sums_of_sixteen(v), v.constants(v.i16x16, 1)
     lanes = v.lanes
-    bytes_kind = getattr(v, f"i8x{lanes}")
+    bytes_kind, words_kind = getattr(v, f"i8x{lanes}"), getattr(v, f"i16x{lanes}")
 
     def quantise(x, activations, columns):
         sums32 = activations + columns
         sums16 = sums32 + (columns >> 4)
         scales = sums16 + (columns >> 3)
         for block in range(columns >> 8):
-            source = x + block * 1024
+            source, target, sums = x + block * 1024, activations + block * 256, sums16 + block * 32
             size, inverse = scale(source, 256)
             v.store(scales + block * 4, size)
-            before = np.int32(0)
-            for sixteen in range(16):
-                place = block * 16 + sixteen
-                total = np.int32(0)
-                for i in range(0, 16, lanes):
-                    values = v.nearest(v.load(v.f32, source + (sixteen * 16 + i) * 4) * inverse)
-                    v.store(activations + place * 16 + i, v.convert(bytes_kind, values))
-                    total += v.total(values)
-                v.store(sums16 + place * 2, v.convert(v.int16, total))
-                if sixteen & 1:
-                    v.store(sums32 + (place >> 1) * 2, v.convert(v.int16, total + before))
-                before = total
+            for i in range(0, 256, lanes):
+                v.store(target + i, v.convert(bytes_kind, v.nearest(v.load(v.f32, source + i * 4) * inverse)))
+            for i in range(0, 16, lanes):
+                v.store(sums + 2 * i, v.convert(words_kind, sixteen(target + 16 * i)))
+            pairs = v.word_pairs(v.load(v.i16x16, sums), one_each())
+            v.store(sums32 + block * 16, v.convert(v.i16x8, pairs))
 
     return quantise
