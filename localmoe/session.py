@@ -19,8 +19,7 @@ from localmoe.errors import ContextError, SettingError, TemplateError
 from localmoe.prompting import ChatTemplate, ChatTokenizer, Prompt, Turn, prompt_of, spelled
 from localmoe.reasoning import Piece, ReasoningSplitter
 from localmoe.sampling import SamplingSettings
-from localmoe.template import Template, choices, named_source, reasoning_markers
-from localmoe.template_fit import fitted
+from localmoe.template import reasoning_markers
 from localmoe.thinking import Thinking
 
 Overflow = Literal["stop", "drop", "shift"]
@@ -375,23 +374,6 @@ class Session:
         same = old[kept + gone :] == new[kept:] and common_prefix(old, cached) == min(len(old), len(cached))
         if gone > 0 and same and len(cached) > kept + gone and not self.model.shift_obstacle:
             self.model.shift(kept, kept + gone)
-
-
-def open_template(model: ChatModel, name: str) -> Template:
-    """A template by its name, or from a file, with the model's BOS and EOS; TemplateError when it is neither."""
-    path = Path(name)
-    if name in choices():
-        source = named_source(fitted(name, model.tokenizer)) or ""
-    elif path.is_file():
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(f"{name}: cannot be read as a template: {error}") from None
-    else:
-        raise TemplateError(f"{name!r} is neither a template ({', '.join(choices())}) nor a file")
-    tokenizer = model.tokenizer
-    bos, eos = ("" if id is None else tokenizer.token(id) for id in (tokenizer.bos, tokenizer.eos))
-    return Template(source, name=name, bos=bos, eos=eos)
 
 
 def _summarised(summary: str) -> str:

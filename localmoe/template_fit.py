@@ -1,11 +1,18 @@
-"""Which named template a vocabulary was made for, by the tokens that it has; knows no model and no file."""
+"""Which named template a vocabulary was made for, by the tokens that it has, and templates by name or from a file;
+knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
+from localmoe.errors import FileFormatError, TemplateError
+from localmoe.loader.source import read_small_file
 from localmoe.named_templates import ALIASES
+from localmoe.template import Template, choices, named_source
+
+FILE_LIMIT = 1 << 20  # bytes; the longest of those in use has some 20,000
 
 # Tokens that only such models have, and the templates that use them; the first that fits, the most particular first.
 SIGNS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -31,6 +38,34 @@ class Encoder(Protocol):
     def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]: ...
     def token(self, id: int) -> str: ...
     def is_special(self, id: int) -> bool: ...
+
+
+class Bounded(Encoder, Protocol):
+    """A tokenizer that knows what text begins and ends with."""
+
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+
+
+def open_template(tokenizer: Bounded, name: str) -> Template:
+    """A template by its name, or from a file, with the model's BOS and EOS. Raises TemplateError when it is neither, or
+    the file no template."""
+    path = Path(name)
+    if name in choices():
+        source = named_source(fitted(name, tokenizer)) or ""
+    elif path.is_file():
+        try:
+            source = read_small_file(path, FILE_LIMIT).decode()
+        except FileFormatError as error:
+            raise TemplateError(f"cannot be read as a template: {error}") from None
+        except UnicodeDecodeError as error:
+            raise TemplateError(f"{name}: cannot be read as a template: {error}") from None
+    else:
+        raise TemplateError(f"{name!r} is neither a template ({', '.join(choices())}) nor a file")
+    bos, eos = ("" if id is None else tokenizer.token(id) for id in (tokenizer.bos, tokenizer.eos))
+    return Template(source, name=name, bos=bos, eos=eos)
 
 
 def single_token(tokenizer: Encoder, text: str) -> int | None:

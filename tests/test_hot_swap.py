@@ -24,7 +24,8 @@ from localmoe.repl.commands import execute
 from localmoe.repl.models import OpenModels
 from localmoe.repl.render import Screen
 from localmoe.repl.talk import Talk
-from localmoe.session import Session, open_template
+from localmoe.session import Session
+from localmoe.template_fit import open_template
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 ANSWERS = 8
@@ -93,7 +94,7 @@ def fresh_answer(talk: Talk, text: str) -> str:
     with closing(opened(talk.models.current.path)) as model:
         named = session.given_template
         conversation = copied(session.conversation, session.conversation.head)
-        template = open_template(model, named) if named else None
+        template = open_template(model.tokenizer, named) if named else None
         other = Session(model, template, session.chosen, conversation=conversation)
         other.overflow = session.overflow
         return said(other, text)

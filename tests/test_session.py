@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from localmoe.conversation.tree import Conversation
 from localmoe.errors import DeviceError, SettingError, TemplateError
 from localmoe.reasoning import Piece, ReasoningSplitter
-from localmoe.session import Session, open_template
+from localmoe.session import Session
+from localmoe.template_fit import open_template
 
 THINK = ("<think>", "</think>")
 
@@ -262,18 +263,26 @@ def test_a_session_begins_before_tokenizer_and_template_are_there() -> None:
 def test_a_template_is_chosen_by_name_or_by_file(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{{ messages[0].content }}<think>")
-    assert open_template(FakeModel(), "chatml").name == "chatml"
-    session = Session(FakeModel(), open_template(FakeModel(), str(file)))
+    assert open_template(FakeModel().tokenizer, "chatml").name == "chatml"
+    session = Session(FakeModel(), open_template(FakeModel().tokenizer, str(file)))
     assert session.template.source == "{{ messages[0].content }}<think>"
     with pytest.raises(TemplateError, match=r"'chatlm' is neither a template \(.*chatml.*\) nor a file"):
-        open_template(FakeModel(), "chatlm")
+        open_template(FakeModel().tokenizer, "chatlm")
 
 
 def test_a_binary_file_is_no_template(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TemplateError, match=r"own\.jinja: cannot be read as a template"):
-        open_template(FakeModel(), str(file))
+        open_template(FakeModel().tokenizer, str(file))
+
+
+def test_a_template_as_large_as_a_model_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with file.open("wb") as empty:
+        empty.truncate(1 << 40)
+    with pytest.raises(TemplateError, match=r"^cannot be read as a template: .*model\.gguf: 1099511627776 bytes, expec"):
+        open_template(FakeModel().tokenizer, str(file))
 
 
 def test_reasoning_is_set_apart_from_the_answer() -> None:

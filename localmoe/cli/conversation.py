@@ -233,11 +233,12 @@ def open_session(
     state: KeptState | None = None,
 ) -> Session:
     """Of a conversation that goes on, the template stays what it was unless another one is asked for."""
-    from localmoe.session import Session, open_template
+    from localmoe.session import Session
+    from localmoe.template_fit import open_template
 
     kept = conversation.facts.get("template") if conversation else None
     named = template or (kept if isinstance(kept, str) else None)
-    chosen = open_template(model, named) if named else None
+    chosen = open_template(model.tokenizer, named) if named else None
     return Session(
         model,
         chosen,

@@ -8,8 +8,9 @@ from localmoe.memory import readable_size
 from localmoe.repl.keyboard import silent_keyboard
 from localmoe.repl.models import OpenedModel, OpenModels
 from localmoe.repl.talk import Interrupt, Talk
-from localmoe.session import Session, open_template
+from localmoe.session import Session
 from localmoe.template import Template
+from localmoe.template_fit import open_template
 
 OWN = "own"
 
@@ -42,7 +43,7 @@ def reopen(talk: Talk) -> None:
         found = models.reopen()
     try:
         named = talk.session.given_template
-        template = open_template(found, named) if named else None
+        template = open_template(found.tokenizer, named) if named else None
         session = talk.session.with_model(found, template, models.kept(found))
         talk.check(session)
     except BaseException:
@@ -59,7 +60,7 @@ def change_template(talk: Talk, name: str) -> None:
     model = talk.session.model
     if name == OWN and not model.has_template:
         raise SettingError(f"{model.name} has no chat template of its own")
-    template = None if name == OWN else open_template(model, name)
+    template = None if name == OWN else open_template(model.tokenizer, name)
     session = talk.session.with_model(model, template, talk.session.engine.kept)
     talk.check(session)
     talk.go_on_with(session)
@@ -76,4 +77,4 @@ def models_of(talk: Talk) -> OpenModels:
 def _template_for(session: Session, model: OpenedModel) -> Template | None:
     """None for the model's own; where it has none, the one that was asked for by name."""
     named = session.given_template
-    return open_template(model, named) if named and not model.has_template else None
+    return open_template(model.tokenizer, named) if named and not model.has_template else None
