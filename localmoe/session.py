@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from threading import Lock
 from typing import Literal, Protocol, get_args
 
@@ -19,7 +18,7 @@ from localmoe.errors import ContextError, SettingError, TemplateError
 from localmoe.prompting import ChatTemplate, ChatTokenizer, Prompt, Turn, prompt_of, spelled
 from localmoe.reasoning import Piece, ReasoningSplitter
 from localmoe.sampling import SamplingSettings
-from localmoe.template import reasoning_markers
+from localmoe.template import choices, reasoning_markers
 from localmoe.thinking import Thinking
 
 Overflow = Literal["stop", "drop", "shift"]
