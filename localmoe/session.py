@@ -71,7 +71,8 @@ class Session:
         goes on where it stands; `kept` is the model's state of earlier prompts. TemplateError without any template."""
         if template is None and not model.has_template:
             raise TemplateError(
-                f"{model.name} has no chat template: name one with --template ({', '.join(choices())}), or a file"
+                f"{model.name} has no chat template: name one with --template (in a chat: /template, then /model): "
+                f"{', '.join(choices())}, or a file"
             )
         self.model = model
         self._given = template
