@@ -13,9 +13,10 @@ from localmoe.memory import readable_size, total_nbytes
 
 
 def description() -> dict[str, str]:
+    isa = host_isa()
     return {
         "processor": processor(),
-        "instruction set": host_isa().name,
+        "instruction set": f"{isa.name} for {isa.processor}",  # of which a virtual machine's name may tell nothing
         "cores": cores(),
         "memory": readable_size(total_nbytes()),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
