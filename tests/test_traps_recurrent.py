@@ -140,8 +140,9 @@ def test_routers_and_gates_are_exact_in_the_program(tiny: Tiny) -> None:
 
 
 def test_qwen3_nexts_matrices_may_be_one_by_key_heads() -> None:
+    """Compared where a row's bits depend on no other row: numpy's products differ by shape on some processors."""
     tiny = qwen3next()
-    assert np.array_equal(logits(fused(tiny).network(), IDS), logits(tiny.network(), IDS))
+    assert np.array_equal(logits(fused(tiny).network(), IDS, "cpu"), logits(tiny.network(), IDS, "cpu"))
 
 
 def test_three_layers_of_four_are_recurrent_unless_the_file_says_otherwise(tiny: Tiny) -> None:
