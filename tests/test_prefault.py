@@ -42,10 +42,13 @@ def test_every_page_of_every_slab_is_there_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     weight = mapped(path, 3 * PIECE + 4096)
     assert resident_nbytes(path) == 0
-    Prefault([weight.part(0, 1), weight]).wait()
-    if resident_nbytes(path) == 0:
+    for _ in range(5):  # the system may take a page back at any moment
+        Prefault([weight.part(0, 1), weight]).wait()
+        if (resident := resident_nbytes(path)) == weight.nbytes:
+            return
+    if resident == 0:
         pytest.skip("this kernel has no MADV_POPULATE_READ")
-    assert resident_nbytes(path) == weight.nbytes
+    assert resident == weight.nbytes
 
 
 @linux

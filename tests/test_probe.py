@@ -20,6 +20,7 @@ from localmoe.loader.files import MappedFile
 
 NBYTES = 48 * 1024 + 100  # of a matrix; neither it nor the place where the first begins is a multiple of a page
 EXPERTS, BEGIN = 64, 1000
+RANDOM = getattr(os, "POSIX_FADV_RANDOM", None)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and the page cache")
 
@@ -83,7 +84,7 @@ def test_the_share_in_the_page_cache_is_that_of_the_pages_read(tmp_path: Path) -
         os.pread(file.fileno(), EXPERTS // 2 * NBYTES, BEGIN)
     share = cached_share(found)
     assert share is not None
-    assert 0.45 < share < 0.6
+    assert 0.3 < share < 0.6, "a half, or a little less: the system takes pages back when it likes"
     assert cached_share([]) is None
 
 
@@ -113,11 +114,22 @@ def test_a_probe_leaves_nothing_in_the_page_cache(
 
 
 def test_what_is_cached_stays_so_and_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said of every piece here, as a system may take pages back at any moment."""
     without_direct_reads(monkeypatch)
     model = experts(tmp_path / "file")
-    (tmp_path / "file").read_bytes()
-    assert probe(pieces(model), seconds=0.05) is None
-    assert cached_share(pieces(model)) == 1
+    found = pieces(model)
+    touched = []
+    monkeypatch.setattr(os, "preadv", lambda *place: touched.append(place) or 0)
+    advise = os.posix_fadvise
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda *place: advise(*place) if place[-1] == RANDOM else touched.append(place)
+    )
+    monkeypatch.setattr(Piece, "cached", 1.0)
+    assert probe(found, seconds=0.05) is None
+    assert touched == []
+    monkeypatch.setattr(Piece, "cached", 0.0)
+    probe(found, seconds=0.05)
+    assert touched, "or nothing was looked at above"
 
 
 @pytest.mark.parametrize("way", ["direct", "buffered"])
