@@ -27,6 +27,7 @@ def load(
     quantize: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     *,
+    for_chat: bool = False,
     memory: str | int | None = None,
     expert_cache: str | int | None = None,
     expert_policy: str | None = None,
@@ -39,7 +40,7 @@ def load(
     KV cache holds; None takes the trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16",
     "q8_0" or "q4_0" (8 or 4 bits and a scale for 32 values: about half or a quarter of f16's memory). `quantize`: a
     file type such as "q4_K_M", to which the weights of a folder are quantised on loading. `progress(what, done, total)`
-    hears of anything that takes time.
+    hears of anything that takes time. `for_chat`: one without a chat template is refused at once.
 
     `lazy`: how weights are loaded, "off" (all now), "mmap" (when first used), "slots" (experts when they are chosen,
     within a budget of memory), "auto" (as size, free memory and disk suggest), or a Loading with all that follows.
@@ -67,5 +68,6 @@ def load(
         context=context,
         kv_format=kv_format,
         quantize=quantize,
+        for_chat=for_chat,
         progress=progress,
     )

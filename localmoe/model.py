@@ -31,7 +31,7 @@ from localmoe.network import CHUNK, Network
 from localmoe.pages import let_go, read_by_rows
 from localmoe.prefault import Prefault
 from localmoe.settings import recommended
-from localmoe.template import Template, reasoning_markers
+from localmoe.template import Template, reasoning_markers, without_template
 
 if TYPE_CHECKING:
     from localmoe.experts.trace import TraceWriter
@@ -54,15 +54,19 @@ class Model:
         context: int | None = None,
         kv_format: str = "f16",
         quantize: str | None = None,
+        for_chat: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Open a GGUF file or a Hugging Face folder. `progress` hears (what, done, total) of anything that takes time.
         `quantize`: the weights of a folder are quantised to that file type first, as `localmoe convert` writes them.
+        `for_chat`: refused before anything takes time where it has no chat template.
 
         Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does
         not fit.
         """
         self.source = open_source(path)
+        if for_chat and not self.has_template:
+            raise without_template(self.name)
         self._soundness = Soundness(self.source.files)
         if quantize is None:
             self.network = Network(self.source)
@@ -221,7 +225,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        return str(self.metadata.get("general.name") or self.path.stem or self.path.name)
+        path = self.source.path
+        return str(self.metadata.get("general.name") or path.stem or path.name)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

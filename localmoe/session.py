@@ -14,11 +14,11 @@ from localmoe.answering import SPARE, Answering, Finish
 from localmoe.conversation.tree import Conversation, Message
 from localmoe.endings import Endings, endings
 from localmoe.engine import CausalModel, Engine, KeptState, Progress, common_prefix
-from localmoe.errors import ContextError, SettingError, TemplateError
+from localmoe.errors import ContextError, SettingError
 from localmoe.prompting import ChatTemplate, ChatTokenizer, Prompt, Turn, prompt_of, spelled
 from localmoe.reasoning import Piece, ReasoningSplitter
 from localmoe.sampling import SamplingSettings
-from localmoe.template import choices, reasoning_markers
+from localmoe.template import reasoning_markers, without_template
 from localmoe.thinking import Thinking
 
 Overflow = Literal["stop", "drop", "shift"]
@@ -70,10 +70,7 @@ class Session:
         """`template` defaults to the model's own, what `settings` do not name to what it recommends; `conversation`
         goes on where it stands; `kept` is the model's state of earlier prompts. TemplateError without any template."""
         if template is None and not model.has_template:
-            raise TemplateError(
-                f"{model.name} has no chat template: name one with --template (in a chat: /template, then /model): "
-                f"{', '.join(choices())}, or a file"
-            )
+            raise without_template(model.name)
         self.model = model
         self._given = template
         self._preparing = Lock()

@@ -8,7 +8,7 @@ from typing import Any
 from localmoe.errors import TemplateError
 from localmoe.named_templates import ALIASES, NAMED
 
-__all__ = ["ALIASES", "NAMED", "Template", "choices", "named_source", "reasoning_markers"]
+__all__ = ["ALIASES", "NAMED", "Template", "choices", "named_source", "reasoning_markers", "without_template"]
 
 SOURCE_LIMIT = 1 << 16  # characters of a template; the longest real ones have 20 thousand
 
@@ -96,6 +96,14 @@ def reasoning_markers(source: str) -> tuple[str, str] | None:
 def choices() -> list[str]:
     """The names in `NAMED` and those that mean one of them, sorted."""
     return sorted({*NAMED, *ALIASES})
+
+
+def without_template(model: str) -> TemplateError:
+    """What is wrong with a model that has none, and the ways round it."""
+    return TemplateError(
+        f"{model} has no chat template: name one with --template (in a chat: /template, then /model): "
+        f"{', '.join(choices())}, or a file"
+    )
 
 
 def named_source(name: str) -> str | None:

@@ -141,6 +141,7 @@ def test_chat_greets_talks_and_closes(
         "lazy": Loading("off"),
         "kv_format": "q8_0",
         "quantize": "q6_K",
+        "for_chat": True,
     }
     assert model.opened == {"path": Path("x.gguf"), **how}
     assert model.closed
@@ -255,6 +256,31 @@ def test_a_model_without_a_template_names_the_choices(model: FakeModel, capsys: 
     assert out == ""
     assert told.startswith("localmoe: fake-moe has no chat template: name one with --template (")
     assert model.closed
+
+
+def test_a_template_is_asked_of_a_model_before_it_opens_where_it_has_to_have_one(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    pipe_in(monkeypatch, "")
+    asked = []
+    for line in (
+        "chat x.gguf",
+        "chat x.gguf --template chatml",
+        "run x.gguf -p hello",
+        "run x.gguf -p hello --template chatml",
+    ):
+        assert call(*line.split()) == 0
+        asked.append(model.opened["for_chat"])
+    assert call("run", "x.gguf", "-p", "once", "--raw") == 0
+    asked.append(model.opened["for_chat"])
+    for commands in (f"/model {other}\n", f"/template chatml\n/model {other}\n"):
+        pipe_in(monkeypatch, commands)
+        assert call("chat", "x.gguf") == 0
+        assert model.opened["path"] == other
+        asked.append(model.opened["for_chat"])
+    assert asked == [True, False, True, False, False, True, False]
 
 
 def test_an_error_is_one_line_without_control_characters(

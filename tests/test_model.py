@@ -357,3 +357,12 @@ def test_the_cache_is_counted_by_its_tokens(files: dict[str, Path]) -> None:
     opened = localmoe.load(files["gqa"], kv_format="f32")
     assert opened.cache_nbytes(10) == 10 * 4 * 2 * 2 * (16 + 16)  # 2 blocks, 2 kv-heads, keys and values of 16
     opened.close()
+
+
+def test_one_for_a_chat_without_a_template_is_refused_before_anything_takes_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(localmoe.model, "open_device", lambda *_, **__: pytest.fail("a device was opened"))
+    path = qwen3moe(tmp_path / "bare.gguf", **{"general.name": "bare one"})
+    with pytest.raises(TemplateError, match=r"bare one has no chat template: .*chatml"):
+        localmoe.load(path, for_chat=True)

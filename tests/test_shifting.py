@@ -3,6 +3,8 @@ family, device and format."""
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,28 @@ def test_an_interrupted_shift_leaves_what_stands_before_it(tmp_path: Path, monke
     again = model.forward(IDS[START:], START, all_logits=True)
     assert np.array_equal(again, right[START:])
     assert model.unshifted == len(IDS)
+    model.close()
+
+
+def test_ctrl_c_ends_a_shift_when_none_of_its_threads_moves_anything_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(written(MODELS["llama"](), tmp_path / "tiny.gguf"), context=CONTEXT, threads=2)
+    model.forward(IDS, 0)
+    real, inside = shifting.Turn.back, []
+
+    def slow(*how: Any) -> Any:
+        inside.append(1)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.3)
+        inside.pop()
+        return real(*how)
+
+    monkeypatch.setattr(shifting.Turn, "back", slow)
+    with pytest.raises(KeyboardInterrupt):
+        model.shift(START, STOP)
+    assert inside == []
+    assert model.cached == IDS[:START]
     model.close()
 
 

@@ -100,10 +100,11 @@ def chat(
     opening = how_it_was_opened(saved, context=context, kv_format=kv, quantize=quantize)
     how = {"threads": threads, "device": device, **opening, "kv_format": opening["kv_format"] or "f16"}
     try:
-        with opened(screen, path, lazy=read_loading(**loading), **how) as found:
+        own = template_of(template, saved.conversation) is None
+        with opened(screen, path, lazy=read_loading(**loading), for_chat=own, **how) as found:
             models = OpenModels(
                 found,
-                lambda path, asked: load(screen, path, lazy=asked, **how),
+                lambda path, asked: load(screen, path, lazy=asked, for_chat=not talk.session.given_template, **how),
                 lambda model: None if no_save else kept_state(cast("Model", model), prompt_cache),
                 {key: value for key, value in opening.items() if value},
             )
@@ -211,7 +212,8 @@ def run(
         raise SettingError('run needs a prompt: -p "…", or text piped in')
     screen = Screen()
     how = {"context": context, "threads": threads, "device": device, "kv_format": kv}
-    with opened(screen, model, quantize=quantize, lazy=read_loading(**loading), **how) as found:
+    own = not raw and template is None
+    with opened(screen, model, quantize=quantize, lazy=read_loading(**loading), for_chat=own, **how) as found:
         if raw:
             complete(screen, found, text, settings_for(found, sampling))
         else:
@@ -224,6 +226,13 @@ def settings_for(model: Model, sampling: Mapping[str, float | None]) -> Sampling
     return SamplingSettings().changed(**model.recommended).changed(**given)
 
 
+def template_of(asked: str | None, conversation: Conversation | None) -> str | None:
+    """Of a conversation that goes on, the template stays what it was unless another one is asked for; None for the
+    model's own."""
+    kept = conversation.facts.get("template") if conversation else None
+    return asked or (kept if isinstance(kept, str) else None)
+
+
 def open_session(
     model: Model,
     template: str | None,
@@ -232,12 +241,10 @@ def open_session(
     conversation: Conversation | None = None,
     state: KeptState | None = None,
 ) -> Session:
-    """Of a conversation that goes on, the template stays what it was unless another one is asked for."""
     from localmoe.session import Session
     from localmoe.template_fit import open_template
 
-    kept = conversation.facts.get("template") if conversation else None
-    named = template or (kept if isinstance(kept, str) else None)
+    named = template_of(template, conversation)
     chosen = open_template(model.tokenizer, named) if named else None
     return Session(
         model,

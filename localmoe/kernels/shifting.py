@@ -23,7 +23,7 @@ from localmoe.kernels.angles import rope_angles
 from localmoe.kernels.cache_blocks import BLOCK
 from localmoe.kernels.program import CacheLayer, Floats, Op, Program, RopeTable, Tensor
 
-PIECE = 256  # tokens that are moved at a time
+PIECE = 1024  # tokens that are moved at a time
 STRETCH = 2.0  # of what a quantised cache has rounded, at most
 PLACELESS = ("embed", "linear", "experts")  # what they give counts as free of positions
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from localmoe.errors import SettingError
 from localmoe.formats import KV_FORMATS, Bytes, Weight
-from localmoe.interrupt import Uninterrupted
+from localmoe.interrupt import Pool, Uninterrupted
 from localmoe.kernels import shifting
 from localmoe.kernels.angles import rope_angles
 from localmoe.kernels.cache_blocks import decoded, encoded
@@ -129,18 +129,27 @@ class CpuDevice:
         return rows, [self.state(layer, program.state_slots) for layer in program.states]
 
     def shift(self, program: Program, start: int, stop: int, end: int) -> None:
-        for layer, turns in shifting.turns(program, self.kv):
-            keys, values = self.cache(layer)
-            for source, target in shifting.pieces(start, stop, end):
-                rows = keys[:, source].copy()
-                for turn in turns:
-                    first, last = turn.spans(layer.key_width)
-                    part = rows[..., self.kv.row_nbytes(first) : self.kv.row_nbytes(cache_row(last, self.kv))]
-                    read = decoded(part, self.kv, last - first)
-                    part[...] = encoded(turn.back(read, first, source.start, stop - start, self.context), self.kv)
-                keys[:, target] = rows
-                if values is not None:
-                    values[:, target] = values[:, source].copy()
+        """With all threads, a layer each at a time; what numpy does to its rows holds no lock of Python's."""
+        pool = Pool(self.threads)
+        try:
+            layers = shifting.turns(program, self.kv)
+            for moved in [pool.submit(self._shift_layer, *layer, start, stop, end) for layer in layers]:
+                pool.result(moved)
+        finally:
+            pool.close()
+
+    def _shift_layer(self, layer: CacheLayer, turns: Sequence[shifting.Turn], start: int, stop: int, end: int) -> None:
+        keys, values = self.cache(layer)
+        for source, target in shifting.pieces(start, stop, end):
+            rows = keys[:, source].copy()
+            for turn in turns:
+                first, last = turn.spans(layer.key_width)
+                part = rows[..., self.kv.row_nbytes(first) : self.kv.row_nbytes(cache_row(last, self.kv))]
+                read = decoded(part, self.kv, last - first)
+                part[...] = encoded(turn.back(read, first, source.start, stop - start, self.context), self.kv)
+            keys[:, target] = rows
+            if values is not None:
+                values[:, target] = values[:, source].copy()
 
     def _cache_shapes(self, layer: CacheLayer) -> list[tuple[int, int, int]]:
         widths = [width for width in (layer.key_width, layer.value_width) if width is not None]
