@@ -251,12 +251,10 @@ class Session:
         """The conversation as the template renders it and as token ids, ready for an answer."""
         return self._prompt_behind(self.conversation.seen())
 
-    def tokens_of(self, conversation: Conversation) -> Iterator[list[int]]:
-        """Each branch of another conversation as token ids, as this session's model would get them."""
-        other = Session(self.model, self._given, conversation=conversation)
-        other.recall()
-        for leaf in conversation.leaves():
-            yield other._prompt_behind(conversation.path(leaf.id)).tokens
+    def branches(self) -> Iterator[list[int]]:
+        """Each branch of the conversation as token ids. Raises TemplateError, TokenizerError."""
+        for leaf in self.conversation.leaves():
+            yield self._prompt_behind(self.conversation.path(leaf.id)).tokens
 
     def _prompt_behind(self, seen: list[Message]) -> Prompt:
         self.prepare()

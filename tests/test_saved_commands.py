@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from fakes import FakeModel
@@ -31,16 +31,17 @@ class Chat:
     def __init__(self, folder: Path) -> None:
         self.library = Library(folder)
         self.kept: Any = None
+        self.name = "fake-moe"
 
     def __call__(self, *lines: str, keep: bool = True) -> list[str]:
         """The screen, dates masked."""
         console = Console(file=io.StringIO(), width=80, highlight=False, color_system=None)
-        fake = FakeModel(REPLIES)
+        fake = self.model(Path("first.gguf"))
         saved = self.library.open_new(keep=keep)
         talk = Talk(
             Session(fake, conversation=saved.conversation),
             Screen(console, console),
-            OpenModels(fake, lambda path, loading: fake, lambda _: self.kept),
+            OpenModels(fake, lambda path, loading: self.model(path), lambda _: self.kept),
             library=self.library,
             saved=saved,
         )
@@ -49,6 +50,11 @@ class Chat:
         self.messages = [message.content for message in talk.session.conversation.path()]
         told = re.sub(r"\d{4}-\d\d-\d\d-\d{4}", "DATE", console.file.getvalue())
         return [line.rstrip() for line in re.sub(r"\d\d:\d\d", "TIME", told).splitlines()]
+
+    def model(self, path: Path) -> FakeModel:
+        found = FakeModel(REPLIES)
+        found.name, found.path = self.name, path
+        return found
 
 
 @pytest.fixture
@@ -133,29 +139,57 @@ def test_a_conversation_is_deleted_but_not_the_one_that_goes_on(chat: Chat) -> N
     ]
 
 
+class Kept:
+    """What would keep a model's state; `forgotten` are the texts of which it was to keep nothing."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def forget(self, tokens: list[int]) -> int:
+        self.forgotten.append("".join(map(FakeModel().tokenizer.token, tokens)))
+        return 1
+
+    def keep(self, *, done: bool) -> None: ...
+    def restore(self, tokens: list[int]) -> int:
+        return len(tokens)
+
+    def take_messages(self) -> list[str]:
+        return []
+
+    def close(self) -> None: ...
+
+
 def test_of_a_deleted_conversation_the_model_keeps_nothing(chat: Chat) -> None:
-    class Kept:
-        forgotten: ClassVar[list[str]] = []
-
-        def forget(self, tokens: list[int]) -> int:
-            self.forgotten.append("".join(map(FakeModel().tokenizer.token, tokens)))
-            return 1
-
-        def keep(self, *, done: bool) -> None: ...
-        def restore(self, tokens: list[int]) -> int:
-            return len(tokens)
-
-        def take_messages(self) -> list[str]:
-            return []
-
-        def close(self) -> None: ...
-
     chat("hello", "/edit 1 bye", "/save one")
     chat.kept = Kept()
     assert chat("/delete one") == ["(one deleted)"]
-    assert Kept.forgotten == [
+    assert chat.kept.forgotten == [
         "<|user|>hello<|end|><|assistant|>Hi there.<|end|><|assistant|>",
         "<|user|>bye<|end|><|assistant|>Bye.<|end|><|assistant|>",
+    ]
+
+
+def test_of_a_deleted_conversation_nothing_stays_that_was_read_by_another_template_or_a_model_left_open(
+    chat: Chat, tmp_path: Path
+) -> None:
+    chat("/template chatml", "hello", "/save one")
+    chat("hello", "/save two")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    chat.kept, own = Kept(), "<|user|>hello<|end|><|assistant|>Hi there.<|end|><|assistant|>"
+    assert chat("/delete one") == ["(one deleted)"]
+    assert [text[: text.index("hello")] for text in chat.kept.forgotten] == ["<|user|>", "<|im_start|>user\n"]
+    chat.kept = Kept()
+    chat(f"/model {tmp_path / 'other.gguf'}", "/delete two")
+    assert chat.kept.forgotten == [own, own], "of both models"
+
+
+def test_of_a_deleted_conversation_it_is_told_which_models_may_have_kept_something(chat: Chat) -> None:
+    chat("hello", "/save one")
+    chat.name, chat.kept = "another", Kept()
+    assert chat("/delete one") == [
+        "(one deleted)",
+        "(what fake-moe kept of having read it stays on disk until room is needed: not",
+        "open now)",
     ]
 
 

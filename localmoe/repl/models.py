@@ -58,6 +58,11 @@ class OpenModels:
         self._states: dict[int, Kept | None] = {}  # by the id of a model that is open
         self._kept: dict[Path, OpenedModel] = {}
 
+    @property
+    def all(self) -> list[OpenedModel]:
+        """Those that are open, the one that answers first."""
+        return [self.current, *self._kept.values()]
+
     def kept(self, model: OpenedModel) -> Kept | None:
         """What keeps the KV state of a model that is open."""
         if id(model) not in self._states:

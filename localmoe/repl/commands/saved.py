@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 
 from localmoe.conversation.export import export
 from localmoe.conversation.imports import is_export, read_export
 from localmoe.conversation.library import Library
+from localmoe.conversation.tree import Conversation
 from localmoe.errors import ConversationError, LocalMoeError, SettingError
 from localmoe.repl.commands.branches import chosen_of
 from localmoe.repl.commands.table import command
+from localmoe.repl.models import Kept, OpenedModel
 from localmoe.repl.talk import Talk
+from localmoe.session import Session
+from localmoe.template_fit import open_template
 
 FORCE = "--force "
 SHOWN = 30  # conversations in a list without a number
@@ -101,24 +106,44 @@ def delete(talk: Talk, argument: str) -> None:
         raise SettingError("/delete takes the name of a conversation; /list shows them")
     if talk.saved and argument == talk.saved.name:
         raise SettingError(f"{argument} is this conversation: /clear leaves it first")
-    forget(talk, talk.library, argument)
+    elsewhere = forget(talk, talk.library, argument)
     talk.library.delete(argument)
     talk.tell_news()
     talk.screen.notice(f"({argument} deleted)")
+    if elsewhere:
+        talk.screen.notice(
+            f"(what {', '.join(elsewhere)} kept of having read it stays on disk until room is needed: not open now)"
+        )
 
 
-def forget(talk: Talk, library: Library, name: str) -> None:
-    """Remove what this model has kept of having read the conversation; what others have goes when room is needed."""
-    kept = talk.models.kept(talk.models.current) if talk.models else None
-    if kept is None or name not in library.names():
-        return
+def forget(talk: Talk, library: Library, name: str) -> list[str]:
+    """Remove what the models that are open have kept of having read the conversation; the names of others that answered
+    in it."""
+    if talk.models is None or name not in library.names():
+        return []
     try:
         saved = library.open_named(name)
         saved.close()
-        for tokens in talk.session.tokens_of(saved.conversation):
-            kept.forget(tokens)
     except LocalMoeError:  # what cannot be read can be deleted all the same
-        return
+        return []
+    conversation = saved.conversation
+    named = conversation.facts.get("template")
+    for model in talk.models.all:
+        if kept := talk.models.kept(model):
+            for template in (None, named) if isinstance(named, str) else (None,):
+                forget_read(kept, model, template, conversation)
+    answered = {message.model for message in conversation.messages.values() if message.model}
+    return sorted(answered - {model.name for model in talk.models.all}) if talk.models.kept(talk.models.current) else []
+
+
+def forget_read(kept: Kept, model: OpenedModel, template: str | None, conversation: Conversation) -> None:
+    """Remove what is kept of every branch as the template of that name, or the model's own, gives it to the model."""
+    with suppress(LocalMoeError):  # there is no such template: then nothing was read by it
+        chosen = open_template(model.tokenizer, template) if template else None
+        session = Session(model, chosen, conversation=conversation)
+        session.recall()
+        for tokens in session.branches():
+            kept.forget(tokens)
 
 
 def when(then: datetime) -> str:
