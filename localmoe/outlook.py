@@ -199,7 +199,8 @@ def sections(found: Outlook) -> list[Section]:
         (
             f"beside them at {found.context:,} tokens",
             f"{readable_size(found.beside.resident)}: {found.beside.parts}, pages of their files "
-            f"{readable_size(LIBRARIES_NBYTES)}",
+            f"{readable_size(LIBRARIES_NBYTES)}, what is kept on disk of conversations, on its way "
+            f"{readable_size(found.beside.passing)}",
         ),
     ]
     memory = [

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from kept import ChainedModel, kept, text
 
 from localmoe.engine import Engine
+from localmoe.experts import budget
 from localmoe.prompt_cache import cache, space
 from localmoe.prompt_cache.entries import entry_of
 from localmoe.prompt_cache.segment import HEAD, DamagedError, read_rows
@@ -719,3 +720,7 @@ def test_a_disk_too_slow_loses_nothing_that_it_took_and_is_offered_the_rest_late
         process.cache._writer.drain()
     assert process.ended() == []
     assert kept_tokens(tmp_path, text(200)) == 199
+
+
+def test_what_is_in_hand_of_kept_rows_is_what_a_budget_counts() -> None:
+    assert cache.AHEAD * cache.SEGMENT_NBYTES == budget.PASSING_NBYTES  # and one less when they are written

@@ -12,6 +12,7 @@ from localmoe.memory import readable_size
 # Measured with bench/memory.py (CPython 3.11, x86-64): a chat at a terminal whose kernels need no compiling.
 PYTHON_NBYTES = 49_000_000  # the interpreter, numpy, llvmlite with the kernels, rich, prompt_toolkit, jinja2
 LIBRARIES_NBYTES = 110_000_000  # pages of files: Python, numpy, llvmlite, the header; what is read around weights
+PASSING_NBYTES = 32 << 20  # the most rows that `prompt_cache` has in hand when it reads them, or writes them
 # Of the header's lists and the tokenizer made from them: 246 to 309 in 15 vocabularies of bytes, 444 to 674 in 3 others
 NBYTES_PER_TOKEN_OR_MERGE, NBYTES_PER_SCORED_TOKEN = 275, 640
 
@@ -26,6 +27,7 @@ class Needed:
     vocabulary: int
     python: int = PYTHON_NBYTES
     states: int = 0
+    passing: int = 0  # rows of the cache that are on their way to disk, or back
 
     @property
     def nbytes(self) -> int:
@@ -33,8 +35,8 @@ class Needed:
 
     @property
     def resident(self) -> int:
-        """With the pages of libraries' files: what a budget for the whole process has to hold."""
-        return self.nbytes + LIBRARIES_NBYTES
+        """With the pages of libraries' files, and what passes: what a budget for the whole process has to hold."""
+        return self.nbytes + LIBRARIES_NBYTES + self.passing
 
     @property
     def parts(self) -> str:
@@ -54,7 +56,8 @@ def needed(
 
     cache, working = CpuDevice.needed_nbytes(programs, context, kv_format)
     states = programs[0].state_slots * programs[0].state_nbytes
-    return Needed(cache - states, working, _vocabulary_nbytes(metadata, vocabulary), states=states)
+    passing = min(PASSING_NBYTES, cache - states)
+    return Needed(cache - states, working, _vocabulary_nbytes(metadata, vocabulary), states=states, passing=passing)
 
 
 def _vocabulary_nbytes(metadata: Mapping[str, Any], tokens: int) -> int:
