@@ -22,8 +22,9 @@ PRODUCTS = 1 << 21
 CHAINS = 10
 PASSES = 3  # the fastest counts: whatever else the machine does can only slow a pass down
 # Which one is the fastest depends on the processor: a core of Cascade Lake reads 16 GB/s with the first and one of
-# Zen 4 only 20; the second level 1 to 2 KB ahead takes the Zen 4 beyond 30.
+# Zen 4 only 20; the second level 1 to 2 KB ahead takes the Zen 4 beyond 30; a core of Zen 5 does best by itself.
 READ_FORMS = (
+    ("limit_read_plain", 0),
     ("limit_read", 4096),
     ("limit_read", 1024),
     ("limit_read_second", 512),
@@ -44,7 +45,7 @@ class Rates:
 
 def read_loop(v: Any, prefetch: Any) -> Any:
     """Arguments: address, bytes, prefetch distance, results (64 bytes a thread). Every byte is loaded once, every line
-    prefetched."""
+    given to `prefetch` before."""
     slot = slots(v)
     step = 8 * v.lanes  # elements: two vectors of 4 bytes, four times
 
@@ -61,6 +62,14 @@ def read_loop(v: Any, prefetch: Any) -> Any:
         v.store(slot(a, 3) + 64 * thread, v.total(x ^ y))
 
     return run
+
+
+@kernel("limit_read_plain", 3)
+def limit_read_plain(v: Any) -> Any:
+    def nothing(place):  # type: ignore[no-untyped-def]
+        return
+
+    return read_loop(v, v.function(nothing))
 
 
 @kernel("limit_read", 3)
@@ -136,7 +145,8 @@ class Limits:
     def __init__(self, device: CpuDevice, data: Bytes | None = None) -> None:
         """`data` is memory to read, for instance that of another Limits; without it READ_NBYTES are allocated."""
         self._device = device
-        device.kernels.prepare((*KERNELS, "limit_read", "limit_read_second", "limit_fma", "limit_dot"))
+        reads = (name for name, _ in READ_FORMS)
+        device.kernels.prepare((*KERNELS, *reads, "limit_fma", "limit_dot"))
         self.data = np.ones(READ_NBYTES, np.uint8) if data is None else data
         self._results = np.zeros(64 * (device.threads + 1), np.uint8)
 
