@@ -13,7 +13,7 @@ from localmoe.experts.probe import DiskSpeed, Rate
 from localmoe.formats import Weight
 from localmoe.inspection import Section
 from localmoe.kernels.cpu.build import cache_folder, emitted_fingerprint
-from localmoe.kernels.cpu.cores import default_threads, physical_cores, usable_processors
+from localmoe.kernels.cpu.cores import default_threads, usable_cores
 from localmoe.kernels.cpu.isa import NAMES, host_isa, runnable, target_of
 from localmoe.kernels.cpu.shipped import FOLDER, SUFFIX, Archive
 from localmoe.loader.source import PlannedTensors
@@ -75,7 +75,7 @@ def examine(network: Network, memory: int | None = None) -> Findings:
         better_set=next((n for n in runnable() if NAMES.index(n) < NAMES.index(isa.name)), None),
         kernels=kernels_from(),
         threads=default_threads(),
-        cores=physical_cores(usable_processors()),
+        cores=usable_cores().physical,
     )
 
 

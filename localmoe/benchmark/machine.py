@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from localmoe.kernels.cpu.cores import physical_cores, slow_processors, usable_processors
+from localmoe.kernels.cpu.cores import usable_cores
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.memory import readable_size, total_nbytes
 
@@ -28,9 +28,8 @@ def description() -> dict[str, str]:
 
 def cores() -> str:
     """Those that this process may use, and how many of them are the slow ones of a hybrid processor."""
-    usable = usable_processors()
-    slow = physical_cores(slow_processors(usable))
-    return f"{physical_cores(usable)} physical{f' ({slow} slow)' if slow else ''}, {len(usable)} logical"
+    found = usable_cores()
+    return f"{found.physical} physical{f' ({found.slow} slow)' if found.slow else ''}, {found.logical} logical"
 
 
 def processor() -> str:

@@ -1,27 +1,51 @@
 """How many threads a process should start: its physical cores that are quick, within its affinity and its cgroup's
-quota; knows no team."""
+quota; knows no team. Here is what Linux tells; `cores_elsewhere.py` asks macOS and Windows."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
 
+from localmoe.kernels.cpu.cores_elsewhere import Cores, macos_cores, windows_cores
+
 TOPOLOGY = Path("/sys/devices/system/cpu")
 SLOW = Path("/sys/devices/cpu_atom/cpus")  # Intel's efficiency cores, there on hybrid processors only: "12-19"
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup version 2: "quota period" in microseconds, or "max period"
+GROUPS = Path("/sys/fs/cgroup")
+QUOTA = "cpu.max"  # version 2: "quota period" in microseconds, or "max period"
+QUOTA_AND_PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"  # version 1; a quota of -1 is none
 
 
-def default_threads(topology: Path = TOPOLOGY, slow: Path = SLOW, quota: Path = QUOTA) -> int:
-    """Physical cores that are quick, at least 1.
+def default_threads(found: Cores | None = None, groups: Path = GROUPS) -> int:
+    """Physical cores that are quick, at least 1; of `usable_cores` unless others are given.
 
     Decoding is bound by memory: a second thread on a core only gets in the way. And threads share a matrix evenly, so
     that one slow core would hold up all.
     """
+    found = found or usable_cores()
+    return max(1, min(found.quick or found.slow, _allowance(groups)))
+
+
+def usable_cores() -> Cores:
+    """Those that this process may run on; without a word of the system, each of its processors is a core."""
+    if sys.platform == "darwin":
+        found = macos_cores()
+    elif sys.platform == "win32":
+        found = windows_cores()
+    else:
+        found = linux_cores()
+    processors = len(usable_processors())
+    return found or Cores(processors, 0, processors)
+
+
+def linux_cores(topology: Path = TOPOLOGY, slow: Path = SLOW) -> Cores:
+    """From the files of /sys; each logical processor is a core where it does not tell."""
     usable = usable_processors()
-    quick = usable - slow_processors(usable, topology, slow)
-    return max(1, min(physical_cores(quick or usable, topology), _allowance(quota)))
+    dawdling = slow_processors(usable, topology, slow)
+    quick = one_of_each_core(usable - dawdling, topology)
+    return Cores(len(quick), len(one_of_each_core(dawdling, topology)), len(usable))
 
 
 def usable_processors() -> set[int]:
@@ -29,9 +53,19 @@ def usable_processors() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def physical_cores(processors: Iterable[int], topology: Path = TOPOLOGY) -> int:
-    """How many cores these logical processors belong to."""
-    return len({_core(topology, cpu) for cpu in processors})
+def quick_processors(topology: Path = TOPOLOGY, slow: Path = SLOW) -> tuple[int, ...]:
+    """The first logical processor of each quick core that this process may run on, of slow ones where all are slow
+    (Linux)."""
+    usable = usable_processors()
+    return one_of_each_core(usable - slow_processors(usable, topology, slow) or usable, topology)
+
+
+def one_of_each_core(processors: Iterable[int], topology: Path = TOPOLOGY) -> tuple[int, ...]:
+    """The lowest of these logical processors in each core, in rising order."""
+    first: dict[tuple[str, str], int] = {}
+    for cpu in sorted(processors):
+        first.setdefault(_core(topology, cpu), cpu)
+    return tuple(first.values())
 
 
 def slow_processors(processors: set[int], topology: Path = TOPOLOGY, slow: Path = SLOW) -> set[int]:
@@ -67,10 +101,13 @@ def _listed(file: Path) -> set[int]:
         return set()
 
 
-def _allowance(quota: Path) -> int:
+def _allowance(groups: Path) -> int:
     """Cores' worth of time that the cgroup may use."""
-    try:
-        allowed, period = quota.read_text().split()
-        return ceil(int(allowed) / int(period))
-    except (OSError, ValueError):  # no such file, or no limit
-        return os.cpu_count() or 1
+    found = []
+    for files in ((QUOTA,), QUOTA_AND_PERIOD):
+        try:
+            allowed, period = (int(word) for file in files for word in (groups / file).read_text().split())
+        except (OSError, ValueError):  # no such file, or no limit
+            continue
+        found += [ceil(allowed / period)] if allowed > 0 and period > 0 else []
+    return min(found, default=os.cpu_count() or 1)
