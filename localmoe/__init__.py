@@ -33,6 +33,7 @@ def load(
     expert_policy: str | None = None,
     lookahead: bool = False,
     trace: str | Path | None = None,
+    pin: str | None = None,
 ) -> LoadedModel:
     """Open a GGUF file or a Hugging Face folder.
 
@@ -40,7 +41,8 @@ def load(
     KV cache holds; None takes the trained one, at most 8192. `kv_format`: how keys and values are kept: "f32", "f16",
     "q8_0" or "q4_0" (8 or 4 bits and a scale for 32 values: about half or a quarter of f16's memory). `quantize`: a
     file type such as "q4_K_M", to which the weights of a folder are quantised on loading. `progress(what, done, total)`
-    hears of anything that takes time. `for_chat`: one without a chat template is refused at once.
+    hears of anything that takes time. `for_chat`: one without a chat template is refused at once. `pin` keeps each
+    thread on a CPU of its own while it computes (Linux): "auto" (the quick physical cores) or a list such as "0-3,8".
 
     `lazy`: how weights are loaded, "off" (all now), "mmap" (when first used), "slots" (experts when they are chosen,
     within a budget of memory), "auto" (as size, free memory and disk suggest), or a Loading with all that follows.
@@ -64,6 +66,7 @@ def load(
         path,
         device=device,
         threads=threads,
+        pin=pin,
         loading=loading,
         context=context,
         kv_format=kv_format,

@@ -50,6 +50,7 @@ class Model:
         *,
         device: str = "cpu",
         threads: int | None = None,
+        pin: str | None = None,
         loading: Loading = Loading(),  # noqa: B008 - it is frozen
         context: int | None = None,
         kv_format: str = "f16",
@@ -60,6 +61,7 @@ class Model:
         """Open a GGUF file or a Hugging Face folder. `progress` hears (what, done, total) of anything that takes time.
         `quantize`: the weights of a folder are quantised to that file type first, as `localmoe convert` writes them.
         `for_chat`: refused before anything takes time where it has no chat template.
+        `pin`: threads stay on CPUs, as `pinned_cpus` reads it.
 
         Raises LocalMoeError subclasses: a broken or unsupported file, a device that is not there, a context that does
         not fit.
@@ -83,7 +85,7 @@ class Model:
         self.chunk = min(CHUNK, self.context)
         self._progress = progress
         self.device: Device = open_device(
-            device, context=self.context, kv_format=kv_format, threads=threads, progress=progress
+            device, context=self.context, kv_format=kv_format, threads=threads, pin=pin, progress=progress
         )
         self.cached: list[int] = []  # the tokens whose keys and values stand in the cache
         self._shifted: int | None = None  # from which of them on they are not what reading them gives
@@ -128,6 +130,11 @@ class Model:
     @property
     def threads(self) -> int:
         return self.device.threads
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        """The CPU that each thread is kept on; empty where none is."""
+        return self.device.cpus
 
     @property
     def residency_mode(self) -> str:

@@ -92,6 +92,7 @@ class FakeModel:
 
     name, architecture, path, threads, nbytes = "fake-moe", "fake", Path("fake.gguf"), 2, 1_234_000
     left_out = ""
+    cpus: tuple[int, ...] = ()
 
     def __init__(
         self, replies: Mapping[str, str | list[int]] | None = None, *, context: int = 512, chunk: int = 16

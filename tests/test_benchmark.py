@@ -246,6 +246,14 @@ def test_a_peer_takes_turns_with_and_without_repacking(file: Path, tmp_path: Pat
     assert results.peer == "llama.cpp build 7 (commit abc), CPU, a chip, instruction set unknown"
 
 
+@pytest.mark.parametrize(("pin", "flags"), [(None, (None, None)), ("0-1,4", ("0x13", "1"))])
+def test_a_peer_is_pinned_where_we_are(tmp_path: Path, pin: str | None, flags: tuple[str | None, str | None]) -> None:
+    (test,), setting = request.read_request("m", prompt="0").tests, request.Setting(3, pin=pin)
+    found = peer.Peer(llama_bench(tmp_path))
+    found.run(Path("m"), [test], setting, found.variants(0, "f16")[0])
+    assert [(c.get("-C"), c.get("--cpu-strict")) for c in calls(tmp_path)] == [flags]
+
+
 @pytest.mark.parametrize(("kv", "settings"), [("f16", 4), ("q8_0", 2)])
 def test_behind_cached_tokens_the_peer_may_leave_flash_attention_out(tmp_path: Path, kv: str, settings: int) -> None:
     found = peer.Peer(llama_bench(tmp_path)).variants(64, kv)

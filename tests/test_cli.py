@@ -137,6 +137,7 @@ def test_chat_greets_talks_and_closes(
     how = {
         "context": 64,
         "threads": 2,
+        "pin": None,
         "device": "cpu",
         "lazy": Loading("off"),
         "kv_format": "q8_0",
@@ -145,6 +146,18 @@ def test_chat_greets_talks_and_closes(
     }
     assert model.opened == {"path": Path("x.gguf"), **how}
     assert model.closed
+
+
+def test_chat_greets_with_the_cpus_that_threads_are_kept_on(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(monkeypatch, "")
+    model.cpus = (0, 1, 4)
+    assert call("chat", "x.gguf", "--pin", "0-1,4") == 0
+    assert capsys.readouterr().out.startswith(
+        "fake-moe · fake · 1.23 MB · context 512 · 2 threads on CPU 0-1,4 · /help"
+    )
+    assert model.opened["pin"] == "0-1,4"
 
 
 @pytest.mark.parametrize("command", [["chat"], ["run", "-p", "hello"]])

@@ -102,7 +102,7 @@ class Subject:
         self.model = Model(request.path, context=request.context, progress=progress, **setting.how)
         self.opening = perf_counter() - start
         self.model.wait_for_weights()
-        self.setting = replace(setting, threads=self.model.threads)
+        self.setting = setting.of(self.model)
         device = self.model.device
         # What the limits are measured with would not fit the budget of memory that slots keep to.
         self.slotted = self.model.residency_mode == "slots"

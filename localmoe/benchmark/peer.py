@@ -16,6 +16,7 @@ from typing import Any
 
 from localmoe.benchmark.request import Setting, Test
 from localmoe.errors import SettingError
+from localmoe.kernels.cpu.pinning import mask
 
 X86 = ("x86_64", "amd64")
 TIMEOUT = 1800.0  # seconds of one llama-bench process
@@ -60,6 +61,7 @@ class Peer:
         (depth,) = {test.depth for test in tests}
         words = [str(self.path), "-m", str(model), "-t", str(setting.threads), "-r", "1", "-o", "json"]
         words += ["-p", ",".join(sizes["pp"]) or "0", "-n", ",".join(sizes["tg"]) or "0", "-d", str(depth)]
+        words += ["-C", mask(setting.pin), "--cpu-strict", "1"] if setting.pin else []
         words += ["-ctk", setting.kv, "-ctv", setting.kv, *variant.flags]
         records = self._records(self._output(words))
         found = {(r["n_prompt"], r["n_gen"], r["n_depth"]): r for r in records}

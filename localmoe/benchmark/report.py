@@ -16,6 +16,7 @@ from localmoe.benchmark.request import Setting
 from localmoe.benchmark.roofline import OpRow, Profile, Profiles
 from localmoe.errors import SettingError
 from localmoe.experts.telemetry import Counts
+from localmoe.kernels.cpu.pinning import mask
 
 Rows = list[tuple[str, ...]]
 
@@ -173,7 +174,8 @@ def _label(series: Series, varied: Sequence[str], versus: bool) -> str:
 
 
 def _words(setting: Setting) -> str:
-    return f"{setting.threads} thread{'s' if setting.threads != 1 else ''}, KV {setting.kv}"
+    kept = f" on CPU {setting.pin}" if setting.pin else ""
+    return f"{setting.threads} thread{'s' if setting.threads != 1 else ''}{kept}, KV {setting.kv}"
 
 
 def _loading(results: Results, setting: Setting) -> str:
@@ -231,6 +233,8 @@ def _record(results: Results, series: Series) -> dict[str, Any]:
         "cpu_info": results.machine["processor"],
         **results.model,
         "n_threads": chosen.threads,
+        "cpu_mask": mask(chosen.pin),
+        "cpu_strict": bool(chosen.pin),
         "type_k": chosen.kv,
         "type_v": chosen.kv,
         "n_prompt": test.tokens if test.kind == "pp" else 0,
@@ -276,6 +280,8 @@ def _op_record(profiles: Profiles, profile: Profile, row: OpRow) -> dict[str, An
     return {
         "model_filename": str(profiles.request.path),
         "n_threads": chosen.threads,
+        "cpu_mask": mask(chosen.pin),
+        "cpu_strict": bool(chosen.pin),
         "type_k": chosen.kv,
         "type_v": chosen.kv,
         "step": step.name,

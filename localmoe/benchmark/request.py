@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from localmoe.errors import SettingError
 from localmoe.experts.loading import MODES, SLOTTED, Loading, read_loading
 from localmoe.formats import KV_FORMATS
+from localmoe.kernels.cpu.pinning import written
+
+if TYPE_CHECKING:
+    from localmoe.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class Test:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a model is opened; `threads` None takes the physical cores that are quick."""
+    """How a model is opened; `threads` None takes the physical cores that are quick. `pin`: the CPUs that they are kept
+    on."""
 
     threads: int | None = None
     kv: str = "f16"
@@ -37,13 +42,18 @@ class Setting:
     device: str = "cpu"
     quantize: str | None = None
     limits: Loading = field(default_factory=Loading)  # everything about loading but its mode
+    pin: str | None = None
 
     @property
     def how(self) -> dict[str, Any]:
         """What `Model` is called with."""
         loading = replace(self.limits, mode=self.lazy)
         shared = {"threads": self.threads, "loading": loading, "device": self.device, "quantize": self.quantize}
-        return shared | {"kv_format": self.kv}
+        return shared | {"kv_format": self.kv, "pin": self.pin}
+
+    def of(self, model: Model) -> Setting:
+        """With the threads that the model has come to have, and their CPUs."""
+        return replace(self, threads=model.threads, pin=written(model.cpus) or None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,7 @@ def read_request(
     device: str = "cpu",
     repeat: int = 5,
     quantize: str | None = None,
+    pin: str | None = None,
     **limits: Any,
 ) -> Request:
     """Values with commas between; a `prompt` or `generate` of 0 leaves that test out, no `threads` means the physical
@@ -96,7 +107,7 @@ def read_request(
     formats, modes = words("--kv", kv, tuple(KV_FORMATS)), words("--lazy", lazy, MODES)
     loading = read_loading(next((mode for mode in modes if mode in SLOTTED), modes[0]), **limits)
     loading = replace(loading, learned=False)  # random tokens teach nothing
-    settings = tuple(Setting(*chosen, device, quantize, loading) for chosen in product(counts, formats, modes))
+    settings = tuple(Setting(*chosen, device, quantize, loading, pin) for chosen in product(counts, formats, modes))
     return Request(Path(path), tuple(tests), settings, repeat)
 
 

@@ -74,7 +74,7 @@ def run(request: Request, progress: Progress | None = None) -> Profiles:
             limits = Limits(device)
             for step in steps(request, model.chunk):
                 rows, whole = profiled(model, device, limits, step, setting.kv, request.repeat, progress)
-                found.append(Profile(step, replace(setting, threads=model.threads), rows, whole))
+                found.append(Profile(step, setting.of(model), rows, whole))
         finally:
             model.close()
     return Profiles(request, told, tuple(found))

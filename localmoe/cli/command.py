@@ -64,6 +64,14 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", "-t", min=1, help="CPU threads; by default the physical cores that are quick."),
 ]
+Pin = Annotated[
+    str | None,
+    typer.Option(
+        "--pin",
+        metavar="auto|CPUS",
+        help="Keep each thread on a CPU of its own (Linux): auto (the quick physical cores), or a list such as 0-3,8.",
+    ),
+]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
 KeyValues = Literal["f32", "f16", "q8_0", "q4_0"]
 KV_HELP = "Format of the KV cache: f32, f16, q8_0 (half the memory of f16) or q4_0 (a quarter)."

@@ -18,6 +18,7 @@ from localmoe.cli.command import (
     KeyValues,
     ModelArgument,
     ModelOrBundled,
+    Pin,
     Quantize,
     System,
     TemplateName,
@@ -73,6 +74,7 @@ def chat(
     template: TemplateName = None,
     context: Context = None,
     threads: Threads = None,
+    pin: Pin = None,
     device: DeviceName = "cpu",
     kv: KeptKeyValueFormat = None,
     quantize: Quantize = None,
@@ -98,7 +100,7 @@ def chat(
     saved = saved_conversation(library, resume, go_on=go_on, keep=not no_save)
     path = model or kept_model(saved)
     opening = how_it_was_opened(saved, context=context, kv_format=kv, quantize=quantize)
-    how = {"threads": threads, "device": device, **opening, "kv_format": opening["kv_format"] or "f16"}
+    how = {"threads": threads, "pin": pin, "device": device, **opening, "kv_format": opening["kv_format"] or "f16"}
     try:
         own = template_of(template, saved.conversation) is None
         with opened(screen, path, lazy=read_loading(**loading), for_chat=own, **how) as found:
@@ -196,6 +198,7 @@ def run(
     template: TemplateName = None,
     context: Context = None,
     threads: Threads = None,
+    pin: Pin = None,
     device: DeviceName = "cpu",
     kv: KeyValueFormat = "f16",
     quantize: Quantize = None,
@@ -211,7 +214,7 @@ def run(
     if not text.strip():
         raise SettingError('run needs a prompt: -p "…", or text piped in')
     screen = Screen()
-    how = {"context": context, "threads": threads, "device": device, "kv_format": kv}
+    how = {"context": context, "threads": threads, "pin": pin, "device": device, "kv_format": kv}
     own = not raw and template is None
     with opened(screen, model, quantize=quantize, lazy=read_loading(**loading), for_chat=own, **how) as found:
         if raw:
@@ -258,13 +261,15 @@ def open_session(
 
 def greet(screen: Screen, model: Model, session: Session) -> None:
     """What is running, and what its file says about sampling."""
+    from localmoe.kernels.cpu.pinning import written
     from localmoe.memory import available_nbytes, readable_size
     from localmoe.repl.residency import runs_because
     from localmoe.settings import not_followed
 
     facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
     threads = "1 thread" if model.threads == 1 else f"{model.threads} threads"
-    screen.line(" · ".join([*facts, threads, "/help for commands"]))
+    kept = f" on CPU {written(model.cpus)}" if model.cpus else ""
+    screen.line(" · ".join([*facts, threads + kept, "/help for commands"]))
     followed = [
         f"{name} {value:g}" for name, value in model.recommended.items() if getattr(session.settings, name) == value
     ]

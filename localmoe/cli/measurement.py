@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from localmoe.cli.command import AsJson, DeviceName, ModelArgument, Quantize, app
+from localmoe.cli.command import AsJson, DeviceName, ModelArgument, Pin, Quantize, app
 from localmoe.cli.loading import with_loading_flags
 from localmoe.errors import SettingError
 
@@ -24,6 +24,7 @@ def bench(
     threads: Annotated[
         str, typer.Option("--threads", "-t", help="CPU threads; by default the physical cores that are quick.")
     ] = "",
+    pin: Pin = None,
     kv: Annotated[str, typer.Option("--kv", help="Formats of the KV cache: f32, f16, q8_0, q4_0.")] = "f16",
     device: DeviceName = "cpu",
     quantize: Quantize = None,
@@ -51,7 +52,7 @@ def bench(
     from localmoe.repl.render import Screen
 
     how = {"prompt": prompt, "generate": generate, "depth": depth, "threads": threads, "kv": kv, "device": device}
-    asked, screen = request.read_request(model, **how, **loading, repeat=repeat, quantize=quantize), Screen()
+    asked, screen = request.read_request(model, **how, **loading, repeat=repeat, quantize=quantize, pin=pin), Screen()
     if ops and against:
         raise SettingError("--ops looks into localmoe alone; leave --against out")
     with screen.progress("measuring") as bar:

@@ -37,6 +37,7 @@ class Device(Protocol):
 
     name: str
     threads: int
+    cpus: tuple[int, ...]  # the one that each thread is kept on; empty: the system moves them about
 
     def compile(self, program: Program, residency: Residency | None = None) -> Plan: ...
 
@@ -70,17 +71,25 @@ def cache_format(name: str) -> Format:
 
 
 def open_device(
-    name: str, *, context: int, kv_format: str = "f16", threads: int | None = None, progress: Progress | None = None
+    name: str,
+    *,
+    context: int,
+    kv_format: str = "f16",
+    threads: int | None = None,
+    pin: str | None = None,
+    progress: Progress | None = None,
 ) -> Device:
     """A device whose cache holds `context` tokens. Raises DeviceError for one that is not there, SettingError for a KV
-    format that is not known."""
+    format that is not known and for threads that are not possible or cannot be pinned so."""
     cache_format(kv_format)
     if name == "reference":
         from localmoe.kernels.reference import ReferenceDevice
 
+        if pin is not None:
+            raise SettingError("pin: the reference device has no threads of its own; the cpu device has")
         return ReferenceDevice(context, kv_format)
     if name == "cpu":
         from localmoe.kernels.cpu.device import CpuDevice
 
-        return CpuDevice(context, kv_format, threads, progress)
+        return CpuDevice(context, kv_format, threads, progress, pin)
     raise DeviceError(f"device {name!r} is not available; these are: {', '.join(DEVICES)}")

@@ -38,6 +38,7 @@ class ReferenceDevice:
 
     name = "reference"
     threads = 1
+    cpus: tuple[int, ...] = ()
 
     def __init__(self, context: int, kv_format: str = "f32") -> None:
         self.context = context

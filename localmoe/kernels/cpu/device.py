@@ -19,6 +19,7 @@ from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.lower import CONTROL_SLOTS, Lowering
+from localmoe.kernels.cpu.pinning import pinned_cpus
 from localmoe.kernels.cpu.team import KERNELS, Team
 from localmoe.kernels.cpu.waves import COUNTERS, Pause
 from localmoe.kernels.program import (
@@ -47,9 +48,18 @@ class CpuDevice:
 
     name = "cpu"
 
-    def __init__(self, context: int, kv_format: str, threads: int | None, progress: Progress | None = None) -> None:
-        """`threads` None takes the quick physical cores that this process may use. Raises SettingError for fewer than 1
-        or more than 256."""
+    def __init__(
+        self,
+        context: int,
+        kv_format: str,
+        threads: int | None,
+        progress: Progress | None = None,
+        pin: str | None = None,
+    ) -> None:
+        """`threads` None takes the quick physical cores that this process may use, or all CPUs of a list that `pin` is.
+        Raises SettingError for fewer than 1 or more than 256, and for what `pinned_cpus` refuses."""
+        self.cpus = () if pin is None else pinned_cpus(pin, threads)
+        threads = len(self.cpus) or threads
         if threads is not None and not 1 <= threads <= 256:
             raise SettingError(f"{threads} threads are not possible; 1 to 256 are")
         self.context = context
@@ -106,7 +116,7 @@ class CpuDevice:
         """Walk a tape, (entries, 3) of kernel address, argument block address and barrier, with all threads."""
         if self.team is None:
             with Uninterrupted():
-                self.team = Team(self.threads, *map(self.kernels.address, KERNELS))
+                self.team = Team(self.threads, *map(self.kernels.address, KERNELS), cpus=self.cpus)
                 self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
         self.team.run(tape.ctypes.data, len(tape))
 

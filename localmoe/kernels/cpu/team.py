@@ -17,15 +17,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from localmoe.errors import SettingError
 from localmoe.interrupt import start_threads
 from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import kernel
+from localmoe.kernels.cpu.pinning import around, pin
 
 KERNELS = ("run_tape", "serve_tapes", "pauses")  # what a Team is made of
 # How long a thread spins before it sleeps, at a barrier and between two tapes: longer than it waits for the other's
@@ -191,8 +193,11 @@ class Team:
     """`threads` threads, the caller's among them, that use no core for longer than a moment when there is nothing to
     do."""
 
-    def __init__(self, threads: int, lead_address: int, serve_address: int, pause_address: int) -> None:
-        """The addresses of KERNELS."""
+    def __init__(
+        self, threads: int, lead_address: int, serve_address: int, pause_address: int, *, cpus: Sequence[int] = ()
+    ) -> None:
+        """The addresses of KERNELS. `cpus`: the one that each thread is kept on, the caller's first and only while it
+        runs a tape; empty: none. Raises SettingError for one that has gone meanwhile."""
         self.threads = threads
         # Calls through ctypes let go of the GIL.
         self._lead = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(lead_address)
@@ -205,6 +210,7 @@ class Team:
         (ctypes.c_int64 * 2).from_address(self._sync + SYSTEM)[:] = [*system]
         # Where no system call wakes a thread, a lock of Python's does: held by its worker, the caller releases it.
         self._gates = [] if system[0] else [threading.Lock() for _ in range(threads - 1)]
+        self._pin, self._let_go = around(cpus[0]) if cpus else ([], [])
         self._patience = Patience(spins_within(SPIN_SECONDS, pause_address))
         self._closed = False
         for gate in self._gates:
@@ -212,6 +218,12 @@ class Team:
         work = self._work_by_gates if self._gates else self._work
         self._workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(threads - 1)]
         start_threads(self._workers)
+        try:
+            for worker, cpu in zip(self._workers, cpus[1:], strict=False):
+                pin(worker.native_id or 0, cpu)
+        except SettingError:
+            self.close()
+            raise
 
     def run(self, tape: int, entries: int) -> None:
         """Run a tape of one or more entries with all threads; returns when every one has come to the last barrier."""
@@ -228,9 +240,10 @@ class Team:
     def _hand_out(self, tape: int, entries: int) -> None:
         lead = partial(self._lead, tape, entries, self._sync, self._patience.spins, self.threads)
         # One call from the interpreter's view, so that a KeyboardInterrupt cannot leave some threads at the barrier
-        # without the others.
-        if self._gates:
-            steps: list[Callable[[], None]] = [*(gate.release for gate in self._gates), lead]
+        # without the others, nor the caller pinned.
+        if self._gates or self._pin:
+            steps: list[Callable[[], object]]
+            steps = [*self._pin, *(gate.release for gate in self._gates), lead, *self._let_go]
             deque(map(operator.call, steps), maxlen=0)
         else:
             lead()
