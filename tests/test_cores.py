@@ -125,11 +125,11 @@ def told(**numbers: int) -> Any:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ({"physicalcpu": 8, "logicalcpu": 8, "nperflevels": 2, "perflevel0_physicalcpu": 4}, Cores(4, 4, 8)),  # M1
+        ({"physicalcpu": 8, "logicalcpu": 8, "perflevel0_physicalcpu": 4}, Cores(4, 4, 8)),  # M1
         ({"physicalcpu": 4, "logicalcpu": 8}, Cores(4, 0, 8)),  # Intel: no levels
-        ({"physicalcpu": 4, "logicalcpu": 4, "nperflevels": 1, "perflevel0_physicalcpu": 4}, Cores(4, 0, 4)),
-        ({"physicalcpu": 8, "logicalcpu": 8, "nperflevels": 2}, Cores(8, 0, 8)),
-        ({"physicalcpu": 8, "logicalcpu": 8, "nperflevels": 2, "perflevel0_physicalcpu": 9}, Cores(8, 0, 8)),
+        ({"physicalcpu": 4, "logicalcpu": 4, "perflevel0_physicalcpu": 4}, Cores(4, 0, 4)),
+        ({"physicalcpu": 4}, Cores(4, 0, 4)),
+        ({"physicalcpu": 8, "logicalcpu": 8, "perflevel0_physicalcpu": 9}, Cores(8, 0, 8)),
         ({}, None),
     ],
 )
@@ -151,7 +151,7 @@ def test_sysctl_asks_for_a_whole_number(monkeypatch: pytest.MonkeyPatch) -> None
         return 0
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: type("Library", (), {"sysctlbyname": answer}))
-    assert (sysctl("hw.physicalcpu"), sysctl("hw.nperflevels")) == (10, 0)
+    assert (sysctl("hw.physicalcpu"), sysctl("hw.perflevel0.physicalcpu")) == (10, 0)
     assert asked[0] == (b"hw.physicalcpu", 8, None, 0)
 
 

@@ -232,6 +232,13 @@ def test_the_caller_goes_back_to_where_it_could_be_right_before(kernels: Kernels
     team.close()
 
 
+@pins
+@pytest.mark.parametrize("cpu", [0, 63, 64, 70, 8191])
+def test_the_mask_of_a_thread_has_one_bit(cpu: int) -> None:
+    (_, keep), _ = pinning.around(cpu)
+    assert int.from_bytes(bytes(keep.args[2]), "little") == 1 << cpu  # type: ignore[attr-defined]
+
+
 @pins_two
 def test_an_interrupt_in_the_middle_leaves_the_caller_free(kernels: Kernels, waking: None) -> None:
     free = os.sched_getaffinity(0)

@@ -36,13 +36,13 @@ class WindowsCore(NamedTuple):
 
 
 def macos_cores(tell: Callable[[str], int] | None = None) -> Cores | None:
-    """Of performance level 0, which is the quick one, and of the others; Intel's have no levels. None where the system
-    does not tell. `tell` gives the number of that name, 0 where there is none."""
+    """Those of performance level 0 are the quick ones; Intel's have no levels. None where the system does not tell.
+    `tell` gives the number of that name, 0 where there is none."""
     tell = tell or sysctl
     physical, logical = tell("hw.physicalcpu"), tell("hw.logicalcpu")
     if physical <= 0:
         return None
-    quick = tell("hw.perflevel0.physicalcpu") if tell("hw.nperflevels") > 1 else physical
+    quick = tell("hw.perflevel0.physicalcpu")
     quick = quick if 0 < quick <= physical else physical
     return Cores(quick, physical - quick, max(logical, physical))
 
