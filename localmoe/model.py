@@ -132,11 +132,6 @@ class Model:
         return self.device.threads
 
     @property
-    def cpus(self) -> tuple[int, ...]:
-        """The CPU that each thread is kept on; empty where none is."""
-        return self.device.cpus
-
-    @property
     def residency_mode(self) -> str:
         """What runs: "off", "mmap" or "slots"."""
         return self._running.mode

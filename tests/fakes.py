@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,6 @@ class FakeModel:
 
     name, architecture, path, threads, nbytes = "fake-moe", "fake", Path("fake.gguf"), 2, 1_234_000
     left_out = ""
-    cpus: tuple[int, ...] = ()
 
     def __init__(
         self, replies: Mapping[str, str | list[int]] | None = None, *, context: int = 512, chunk: int = 16
@@ -109,6 +109,7 @@ class FakeModel:
         self.before_call: Callable[[], None] = lambda: None
         self.shifts: list[tuple[int, int]] = []
         self.closed = False
+        self.device = SimpleNamespace(cpus=())
         self.loading, self.residency_mode, self.loading_reason = Loading(), "mmap", "all of it fits"
         self.loading_problem = ""
         self.trouble = ""

@@ -152,7 +152,7 @@ def test_chat_greets_with_the_cpus_that_threads_are_kept_on(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe_in(monkeypatch, "")
-    model.cpus = (0, 1, 4)
+    model.device.cpus = (0, 1, 4)
     assert call("chat", "x.gguf", "--pin", "0-1,4") == 0
     assert capsys.readouterr().out.startswith(
         "fake-moe · fake · 1.23 MB · context 512 · 2 threads on CPU 0-1,4 · /help"

@@ -311,7 +311,7 @@ def test_pinned_threads_compute_the_same_bits_and_the_model_says_where_they_are(
     found = []
     for pin in (None, "auto", ",".join(map(str, USABLE[1::-1]))):
         model = Model(bundled(), threads=2, context=64, pin=pin)
-        found.append((model.cpus, model.forward(ids, 0), model.forward([7], len(ids))))
+        found.append((model.device.cpus, model.forward(ids, 0), model.forward([7], len(ids))))
         assert os.sched_getaffinity(0) == set(USABLE)
         model.close()
     assert [cpus for cpus, _, _ in found] == [(), cores.quick_processors()[:2], tuple(USABLE[1::-1])]

@@ -53,7 +53,7 @@ class Setting:
 
     def of(self, model: Model) -> Setting:
         """With the threads that the model has come to have, and their CPUs."""
-        return replace(self, threads=model.threads, pin=written(model.cpus) or None)
+        return replace(self, threads=model.threads, pin=written(model.device.cpus) or None)
 
 
 @dataclass(frozen=True, slots=True)

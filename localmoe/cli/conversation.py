@@ -268,7 +268,7 @@ def greet(screen: Screen, model: Model, session: Session) -> None:
 
     facts = [model.name, model.architecture, readable_size(model.nbytes), f"context {model.context}"]
     threads = "1 thread" if model.threads == 1 else f"{model.threads} threads"
-    kept = f" on CPU {written(model.cpus)}" if model.cpus else ""
+    kept = f" on CPU {written(model.device.cpus)}" if model.device.cpus else ""
     screen.line(" · ".join([*facts, threads + kept, "/help for commands"]))
     followed = [
         f"{name} {value:g}" for name, value in model.recommended.items() if getattr(session.settings, name) == value
