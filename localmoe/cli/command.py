@@ -69,7 +69,8 @@ Pin = Annotated[
     typer.Option(
         "--pin",
         metavar="auto|CPUS",
-        help="Keep each thread on a CPU of its own (Linux): auto (the quick physical cores), or a list such as 0-3,8.",
+        help="Keep each thread on a CPU of its own, for a machine that nothing else uses (Linux): auto (the quick "
+        "physical cores), or a list such as 0-3,8.",
     ),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or reference (slow, for checking).")]
