@@ -24,7 +24,7 @@ from localmoe.kernels.cpu.arguments import slots
 from localmoe.kernels.cpu.build import Kernels, kernel
 from localmoe.kernels.cpu.cores import default_threads
 from localmoe.kernels.cpu.isa import host_isa
-from localmoe.kernels.cpu.team import KERNELS, Patience, Team, spins_within
+from localmoe.kernels.cpu.team import KERNELS, SPIN_SECONDS, Patience, Team, spins_within
 
 
 @kernel("test_turns", 3)
@@ -203,16 +203,23 @@ def test_a_model_that_is_dropped_without_close_takes_its_threads_along() -> None
 
 
 def test_a_team_that_sleeps_at_most_barriers_stops_spinning_and_tries_again_ever_more_rarely() -> None:
-    patience, tried = Patience(5000), []
-    for step in range(200):
-        if patience.spins == 5000:
-            tried.append(step)
+    now, tried = 0.0, []
+    patience = Patience(5000, lambda: now)
+    for _ in range(1000):  # steps of 10 ms, of which one that spins loses 27 ms
+        spinning = patience.spins() == 5000
+        now += 0.01 + 90 * SPIN_SECONDS * spinning
+        tried += [round(now, 3)] if spinning else []
         patience.learn(barriers=100, sleeps=90)
-    assert tried == [0, 17, 50, 115]
-    while patience.spins != 5000:
-        patience.learn(barriers=100, sleeps=100)
+    assert np.diff(tried[:6]).round(1).tolist() == [0.3, 0.5, 0.9, 1.8, 1.8], "8, 16, 32 and 64 times 27 ms"
+    assert len(tried) * 90 * SPIN_SECONDS < 0.03 * now
+    while patience.spins() != 5000:
+        now += 0.01
     patience.learn(barriers=100, sleeps=3)
-    assert patience.spins == 5000
+    assert patience.spins() == 5000
+    patience.learn(barriers=100, sleeps=100)
+    assert patience.spins() < 5000
+    now += 0.25
+    assert patience.spins() == 5000, "it was an accident, then"
 
 
 @pytest.mark.parametrize(("nanoseconds", "pauses"), [(15, 20_000), (45, 6_666), (0, 200_000), (10_000, 2_000)])
