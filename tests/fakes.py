@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -66,6 +66,15 @@ class ByteTokenizer:
 
     def stream(self, *, continues: bool = False) -> ByteStream:
         return ByteStream()
+
+
+class HarmonyTokenizer(ByteTokenizer):
+    """With gpt-oss's control tokens in the place of others."""
+
+    NAMES: ClassVar[dict[int, str]] = {PAD: "<|channel|>", SYSTEM: "<|message|>", USER: "<|start|>"}
+
+    def token(self, id: int) -> str:
+        return self.NAMES.get(id) or super().token(id)
 
 
 class PlainTemplate:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
-from fakes import END, PAD, SYSTEM, USER, ByteTokenizer, FakeModel, PlainTemplate
+from fakes import END, PAD, SYSTEM, USER, FakeModel, HarmonyTokenizer, PlainTemplate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,15 +66,6 @@ def test_a_budget_of_reasoning_ends_it_and_the_answer_follows() -> None:
     assert session.finish == "stop"
     assert session.model.cached[: len(session.prompt().tokens) - 2] == session.prompt().tokens[:-2]
     assert session.engine.stats.generated_tokens == len("<think>") + 20 + len("Yes.") + 1
-
-
-class HarmonyTokenizer(ByteTokenizer):
-    """With gpt-oss's control tokens in the place of others."""
-
-    NAMES: ClassVar[dict[int, str]] = {PAD: "<|channel|>", SYSTEM: "<|message|>", USER: "<|start|>"}
-
-    def token(self, id: int) -> str:
-        return self.NAMES.get(id) or super().token(id)
 
 
 def test_of_what_gpt_oss_says_in_channels_the_final_one_is_the_answer() -> None:

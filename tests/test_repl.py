@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakeModel
+from fakes import PAD, SYSTEM, FakeModel, HarmonyTokenizer
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
@@ -422,6 +422,25 @@ def test_ctrl_c_while_it_thinks_says_so() -> None:
     model.before_call = press
     told = chat("q", "hello", model=model)
     assert told == "(reasoning)\nhm, \n(stopped while it was thinking)\n\nHi there.\n\n"
+
+
+def test_ctrl_c_while_gpt_oss_thinks_takes_the_message_back_and_says_so() -> None:
+    model = thinker()
+    model.tokenizer = HarmonyTokenizer()
+    model.reasoning = ("<|channel|>analysis<|message|>", "<|end|>")
+    model.replies = {"q": [PAD, *b"analysis", SYSTEM, *b"hm hm"], "more": [PAD, *b"final", SYSTEM, *b"ok"]}
+
+    def press() -> None:
+        if model.cached[-2:] == [*b"hm"]:
+            signal.raise_signal(signal.SIGINT)
+
+    model.before_call = press
+    talk = Talk(Session(model), screen())
+    converse(talk, LineReader(io.StringIO("q\nmore\n")))
+    assert talk.screen.console.file.getvalue() == (
+        "(reasoning)\nhm h\n(stopped while it was thinking; Up brings the message back)\n\nok\n\n"
+    )
+    assert [message["content"] for message in talk.session.messages] == ["more", "ok"]
 
 
 def test_nothing_of_ours_is_wider_than_a_narrow_window() -> None:

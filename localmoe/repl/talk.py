@@ -115,6 +115,7 @@ class Talk:
     def answer(self, generate: Callable[[Progress], Iterator[Piece]]) -> None:
         """Draw an answer as it comes. Ctrl+C stops it at the next token; LocalMoeError becomes a line."""
         self.note()
+        before = self.session.conversation.head
         drawn = self.screen.answer(below=self._status, tokens=lambda: self.session.engine.stats.generated_tokens)
         bar = self.screen.progress(READING, reads(self.session.model.counts))
         with silent_keyboard(), Interrupt.watched() as interrupt, bar:
@@ -141,7 +142,7 @@ class Talk:
             finally:
                 pieces.close()
         drawn.end()
-        self._remark(drawn.empty, drawn.answered)
+        self._remark(drawn.empty, drawn.answered, kept=self.session.conversation.head != before)
         self.tell_news()
         self.screen.line()
 
@@ -276,10 +277,12 @@ class Talk:
     def _status(self, columns: int) -> str:
         return status(self.session.engine.stats.decode_counts, self.model.room(), columns)
 
-    def _remark(self, empty: bool, answered: bool) -> None:
+    def _remark(self, empty: bool, answered: bool, kept: bool) -> None:
         match self.session.finish:
             case "interrupted" if empty:
                 self.screen.notice("(stopped before the first word; Up brings the message back)")
+            case "interrupted" if not answered and not kept:  # where reasoning is no part of what is kept
+                self.screen.notice("(stopped while it was thinking; Up brings the message back)")
             case "interrupted" if not answered:
                 self.screen.notice("(stopped while it was thinking)")
             case "interrupted":
