@@ -14,10 +14,11 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache as memoised
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from localmoe.interrupt import Uninterrupted
+from localmoe.kernels.cpu.compilers import Wanted, compiled, processes_for
 from localmoe.kernels.cpu.isa import Isa, host, target_of
 from localmoe.kernels.cpu.shipped import FOLDER, SUFFIX, Archive
 
 Factory = Callable[[Any], Callable[..., None]]
 Progress = Callable[[int, int, str], None]
 _TRAILER = hashlib.sha256().digest_size
+SEVERAL = 4  # kernels to compile for which processes are started: one takes a second until it begins
 _KEPT_CACHES = 3  # folders of the cache; the others belong to versions that were used longer ago
 
 
@@ -45,6 +48,12 @@ class Kernel:
 
     def factory(self, isa: Isa) -> Factory:
         return self.factories.get(isa.name) or self.factories[""]
+
+    def is_own(self, isa: Isa) -> bool:
+        """Whether the factory is one of this package, which every process can import."""
+        factory = self.factory(isa)
+        made = factory.func if isinstance(factory, partial) else factory
+        return made.__module__.startswith(f"{__package__}.")
 
 
 _REGISTRY: dict[str, Kernel] = {}
@@ -177,26 +186,36 @@ class Kernels:
         return self._addresses[name]
 
     def prepare(self, names: Iterable[str], progress: Progress | None = None) -> None:
-        """Have all `names` ready. `progress(done, total, name)` hears of each one that must be compiled, and of the
-        end."""
+        """Have all `names` ready. `progress(done, total, name)` hears of the beginning, and of each one that had to be
+        compiled."""
         wanted = [n for n in dict.fromkeys(names) if n not in self._addresses]
         unknown = [n for n in wanted if n not in _REGISTRY]
         assert not unknown, f"no kernel of the name {', '.join(unknown)}; are their modules imported?"
         objects = {n: code for n in wanted if (code := self._ready_made(n)) is not None}
-        missing = [n for n in wanted if n not in objects]
-        for done, name in enumerate(missing):
-            if progress:
-                progress(done, len(missing), name)
-            with Uninterrupted():  # neither Numba nor llvmlite is made to be left in the middle
-                objects[name] = emitted(name, self.isa)
-            self._keep(name, objects[name])
-        if missing:
+        if missing := [n for n in wanted if n not in objects]:
+            objects |= self._compiled(missing, progress or (lambda done, total, name: None))
             self._forget_old()
-            if progress:
-                progress(len(missing), len(missing), "")
         if objects:
             with Uninterrupted():  # modules would be freed twice, by the engine and by themselves
                 self._load(objects)
+
+    def _compiled(self, names: Sequence[str], progress: Progress) -> dict[str, bytes]:
+        """By other processes where there are several to do, else here; each is kept as soon as it is done."""
+        found: dict[str, bytes] = {}
+        elsewhere = [Wanted(name, self.isa) for name in names if _REGISTRY[name].is_own(self.isa)]
+        progress(0, len(names), names[0])
+        if len(elsewhere) >= SEVERAL and (processes := processes_for(len(elsewhere))):
+            with closing(compiled(elsewhere, processes)) as answers:
+                for name, code in answers:
+                    self._keep(name, code)
+                    found[name] = code
+                    progress(len(found), len(names), name)
+        for name in [n for n in names if n not in found]:
+            with Uninterrupted():  # neither Numba nor llvmlite is made to be left in the middle
+                found[name] = emitted(name, self.isa)
+            self._keep(name, found[name])
+            progress(len(found), len(names), name)
+        return found
 
     @cached_property
     def _folder(self) -> Path:
