@@ -1,4 +1,4 @@
-"""Kernels compiled by other processes, several at a time: Numba with its 150 MB stays out of this one, and Ctrl+C need
+"""Kernels compiled by other processes, several at a time: Numba with its 70 MB stays out of this one, and Ctrl+C need
 not wait for it to end; knows no kernel.
 
 Not by `multiprocessing`, which runs the program's main file once more in each process: a script that opens a model
