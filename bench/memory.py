@@ -4,7 +4,7 @@
 
 A chat at a terminal of its own gets a system prompt that fills the context but for some tokens, then a short message,
 and answers until the context is full. Its anonymous memory (RssAnon, Linux) is read every 10 ms. A first start
-compiles kernels, which takes Numba into the process: a short chat goes ahead, unmeasured.
+compiles kernels, a few of which may take Numba into the process: a short chat goes ahead, unmeasured.
 """
 
 from __future__ import annotations
