@@ -123,7 +123,7 @@ def test_ctrl_c_is_heard_while_they_compile_and_ends_them(
     timer.join()
     assert time.monotonic() - begun < 30, "not when they had slept"
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_what_was_compiled_before_ctrl_c_is_kept(tmp_path: Path, started: list[compilers.Process]) -> None:

@@ -291,7 +291,7 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_what_can(
     with pytest.raises(kind, match=says) as caught:
         localmoe.load(files["gqa"], **how)
     assert "\n" not in str(caught.value)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused_with_the_numbers(

@@ -289,7 +289,7 @@ def test_a_cpu_that_is_gone_when_threads_start_is_told_and_none_is_left(
     with pytest.raises(SettingError) as caught:
         team_of(kernels, USABLE[:2])
     assert str(caught.value) == f"pin: no thread can be kept on CPU {USABLE[1]}: Invalid argument"
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     monkeypatch.undo()
 
 
