@@ -4,8 +4,9 @@ quota; knows no team. Here is what Linux tells; `cores_elsewhere.py` asks macOS 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import ceil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from localmoe.kernels.cpu.cores_elsewhere import Cores, macos_cores, windows_cor
 TOPOLOGY = Path("/sys/devices/system/cpu")
 SLOW = Path("/sys/devices/cpu_atom/cpus")  # Intel's efficiency cores, there on hybrid processors only: "12-19"
 GROUPS = Path("/sys/fs/cgroup")
+SPAN = re.compile(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*")
 QUOTA = "cpu.max"  # version 2: "quota period" in microseconds, or "max period"
 QUOTA_AND_PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"  # version 1; a quota of -1 is none
 
@@ -92,11 +94,19 @@ def _number(file: Path) -> int:
         return 0
 
 
+def processors_in(text: str) -> Iterator[int]:
+    """ "0-3,8" -> 0, 1, 2, 3, 8, one by one. Raises ValueError for what is no such list."""
+    for part in text.split(","):
+        span = SPAN.fullmatch(part)
+        numbers = range(int(span[1]), int(span[2] or span[1]) + 1) if span else ()
+        if not numbers:
+            raise ValueError(f"{part[:40]!r} is no range of processors")
+        yield from numbers
+
+
 def _listed(file: Path) -> set[int]:
-    """The numbers of a list such as "0-3,8"."""
     try:
-        spans = [part.partition("-") for part in file.read_text().strip().split(",")]
-        return {n for first, _, last in spans for n in range(int(first), int(last or first) + 1)}
+        return set(processors_in(file.read_text()))
     except (OSError, ValueError):  # no such file, or an empty one
         return set()
 

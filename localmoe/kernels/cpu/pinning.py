@@ -9,15 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 from localmoe.errors import SettingError
-from localmoe.kernels.cpu.cores import default_threads, quick_processors, usable_processors
+from localmoe.kernels.cpu.cores import default_threads, processors_in, quick_processors, usable_processors
 
 AUTO = "auto"
-SPAN = re.compile(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*")
 MASK_NBYTES = 1024  # one bit for each CPU; Linux is built for at most 8,192
 
 Steps = list[Callable[[], object]]
@@ -42,17 +40,15 @@ def pinned_cpus(asked: str, threads: int | None = None) -> tuple[int, ...]:
 def listed(text: str, usable: Collection[int]) -> tuple[int, ...]:
     """ "0-3,8" -> (0, 1, 2, 3, 8), each once and each of `usable`. Raises SettingError."""
     found: dict[int, None] = {}
-    for part in text.split(","):
-        span = SPAN.fullmatch(part)
-        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
-        if first > last:
-            raise SettingError(f"pin takes {AUTO} or a list of CPUs such as 0-3,8, not {text[:40]!r}")
-        for cpu in range(first, last + 1):
+    try:
+        for cpu in processors_in(text):
             if cpu not in usable:
                 raise SettingError(f"pin: this process may not use CPU {cpu}; it may use {written(sorted(usable))}")
             if cpu in found:
                 raise SettingError(f"pin: CPU {cpu} is named twice; each thread has one of its own")
             found[cpu] = None
+    except ValueError:
+        raise SettingError(f"pin takes {AUTO} or a list of CPUs such as 0-3,8, not {text[:40]!r}") from None
     return tuple(found)
 
 
