@@ -26,7 +26,6 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from localmoe.interrupt import Uninterrupted
-from localmoe.kernels.cpu.compilers import Wanted, compiled, processes_for
 from localmoe.kernels.cpu.isa import Isa, host, target_of
 from localmoe.kernels.cpu.shipped import FOLDER, SUFFIX, Archive
 
@@ -201,6 +200,8 @@ class Kernels:
 
     def _compiled(self, names: Sequence[str], progress: Progress) -> dict[str, bytes]:
         """By other processes where there are several to do, else here; each is kept as soon as it is done."""
+        from localmoe.kernels.cpu.compilers import Wanted, compiled, processes_for  # a usual start needs none of it
+
         found: dict[str, bytes] = {}
         elsewhere = [Wanted(name, self.isa) for name in names if _REGISTRY[name].is_own(self.isa)]
         progress(0, len(names), names[0])

@@ -24,7 +24,7 @@ from localmoe.kernels.cpu.isa import Isa
 from localmoe.memory import available_nbytes
 
 PROCESS_NBYTES = 400 << 20  # of one that compiles: 200 to 300 MB
-MOST = 8
+MOST = 8  # a model has about 40 kernels, and each process takes a second until it begins
 SERVE = """
 import pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
