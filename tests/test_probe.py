@@ -79,12 +79,17 @@ def test_the_share_in_the_page_cache_is_that_of_the_pages_read(tmp_path: Path) -
     model = experts(tmp_path / "file")
     found = pieces(model)
     assert cached_share(found) == 0
-    with open(tmp_path / "file", "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        os.pread(file.fileno(), EXPERTS // 2 * NBYTES, BEGIN)
-    share = cached_share(found)
-    assert share is not None
-    assert 0.3 < share < 0.6, "a half, or a little less: the system takes pages back when it likes"
+    for part, least, most in ((0.5, 0.45, 0.6), (1.0, 1.0, 1.0)):
+        for _ in range(10):  # the system takes pages back when it likes
+            with open(tmp_path / "file", "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                os.pread(file.fileno(), int(part * EXPERTS) * NBYTES, BEGIN)
+            share = cached_share(found)
+            assert share is not None
+            assert share <= most
+            if share >= least:
+                break
+        assert share >= least
     assert cached_share([]) is None
 
 
