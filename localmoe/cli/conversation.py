@@ -244,6 +244,7 @@ def open_session(
     conversation: Conversation | None = None,
     state: KeptState | None = None,
 ) -> Session:
+    """A session as the flags ask for it, on a conversation that goes on if there is one. Raises TemplateError."""
     from localmoe.session import Session
     from localmoe.template_fit import open_template
 
