@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import sys
-import weakref
 from collections.abc import Sequence
 from functools import cache
 from threading import Lock
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localmoe.interrupt import Uninterrupted
+from localmoe.interrupt import Uninterrupted, when_gone
 
 if TYPE_CHECKING:
     import llvmlite.binding as llvm
@@ -182,15 +181,18 @@ def bus_errors() -> BusErrors | None:
 
 
 class Guard:
-    """Stretches of mapped memory, (address, nbytes) each, that may fault without ending the process."""
+    """Stretches of mapped memory, (address, nbytes) each, that may fault without ending the process.
 
-    def __init__(self, stretches: Sequence[tuple[int, int]]) -> None:
+    `memory` is what keeps them mapped, and is held as long as they are guarded: nothing else can come to lie there.
+    """
+
+    def __init__(self, stretches: Sequence[tuple[int, int]], memory: object = None) -> None:
         self._count = len(stretches)
         with Uninterrupted():  # else rows that nobody gives back, and what llvmlite frees twice
             handler = bus_errors() if stretches else None
             rows = handler.enter(stretches) if handler else []
             self._rows = [handler.row(row) for row in rows] if handler else []
-            self.close = weakref.finalize(self, handler.leave if handler else tuple, rows)
+            self.close = when_gone(self, handler.leave if handler else tuple, rows, keep=memory)
 
     @property
     def active(self) -> bool:

@@ -2,13 +2,20 @@
 
 KeyboardInterrupt comes between any two steps of Python's own code, that of `threading`, `queue` and
 `concurrent.futures` included: an event, a queue, a future or a thread being started that is left there keeps its lock
-for ever, and whoever needs it next waits for ever. A bare Lock and a SimpleQueue are one step of C each.
+for ever, and whoever needs it next waits for ever. A bare Lock and a SimpleQueue are one step of C each. And one that
+comes while garbage is collected is heard in the first Python that the collector calls, which ends there, and is lost.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
+import threading
+import time
+import weakref
+from _thread import interrupt_main, start_new_thread
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from threading import Thread, current_thread, main_thread
 from types import FrameType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -25,7 +32,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-BRIEFLY = 0.05  # seconds between two moments at which one who waits for a result hears Ctrl+C
+BRIEFLY = (
+    0.05  # seconds: between two moments at which one who waits for a result hears Ctrl+C, and until it comes again
+)
 
 
 class Uninterrupted:
@@ -52,6 +61,83 @@ def start_threads(threads: Iterable[Thread]) -> None:
     with Uninterrupted():
         for thread in threads:
             thread.start()
+
+
+class _Owner(weakref.ref[object]):
+    """Goes by itself, in a step of C, to the queue that it is made with."""
+
+    __slots__ = ("end", "keep")
+
+    end: Callable[[], object]
+    keep: object
+
+
+class _Endings:
+    """A thread, which hears no Ctrl+C, that ends what nobody holds any more."""
+
+    def __init__(self) -> None:
+        self._gone: SimpleQueue[weakref.ref[object]] = SimpleQueue()
+        self._waiting: dict[int, _Owner] = {}
+        self._thread = Thread()
+
+    def add(self, owner: object, end: Callable[[], object], keep: object) -> None:
+        waiting = _Owner(owner, self._gone.put)
+        waiting.end, waiting.keep = end, keep
+        with Uninterrupted():
+            self._waiting[id(waiting)] = waiting
+            if not self._thread.is_alive():  # the first one; or in a child of a fork, which has no threads
+                self._thread = Thread(target=self._work, name="endings", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            self._end_one()
+
+    def _end_one(self) -> None:
+        waiting = self._waiting.pop(id(self._gone.get()))
+        try:
+            waiting.end()
+        except Exception:
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), current_thread())))
+
+
+_ENDINGS = _Endings()
+
+
+def when_gone(owner: object, end: Callable[..., object], *args: object, keep: object = None) -> Callable[[], None]:
+    """Have `end(*args)` called once: soon after nobody holds `owner` any more, by a thread of its own; when what this
+    returns is called; or at exit. Until `owner` has gone and that is done, `keep` is held."""
+    with Uninterrupted():
+        once = weakref.finalize(_ENDINGS, end, *args)  # never gone: it is called from here and at exit alone
+
+        def called() -> None:
+            with Uninterrupted():
+                once()
+
+        _ENDINGS.add(owner, called, keep)
+        return called
+
+
+def press_again_what_is_lost() -> None:
+    """From now on a Ctrl+C that was heard where Python drops it, in a callback of a collection, is pressed once more a
+    moment later, and not printed."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            start_new_thread(_press_later, ())  # a Thread of `threading` would take locks, in the midst of anything
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+
+
+def _press_later() -> None:
+    time.sleep(BRIEFLY)
+    if hasattr(signal, "pthread_kill"):  # which ends a call of the system that waits, too
+        signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+    else:
+        interrupt_main()
 
 
 class Pool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Thread
 
 from localmoe.formats import MadeSlabs, Weight
-from localmoe.interrupt import start_threads
+from localmoe.interrupt import start_threads, when_gone
 
 MADV_WILLNEED = 3  # pages are read in, these and no others: a fault reads megabytes around it
 MADV_POPULATE_READ = 22  # Linux 5.14: pages are read in and mapped, as if each had been read from
@@ -30,7 +29,7 @@ class Prefault:
         what was read all the same."""
         self._reader = _Reader(list(weights), tidy)
         self._thread = Thread(target=self._reader.run, name="prefault", daemon=True)
-        weakref.finalize(self, self._reader.stop)  # the thread knows the reader alone
+        when_gone(self, self._reader.stop)  # the thread knows the reader alone
         if sys.platform == "linux":
             start_threads([self._thread])
 

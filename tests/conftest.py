@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from verified import NAME, write
 
+from localmoe.interrupt import when_gone
+
 # The same examples in each run, so that a change is not refused for what it did not do; others are tried by
 # `make test ARGS=--hypothesis-profile=default`.
 settings.register_profile("same", derandomize=True)
@@ -34,6 +36,7 @@ def conformance() -> Path:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: no Ctrl+C would be heard
     signal.signal(signal.SIGINT, signal.default_int_handler)
 NUMBERS = count()
+when_gone(lambda: None, list)  # which starts the thread that ends what has gone: tests count the others
 
 
 @pytest.fixture(autouse=True)

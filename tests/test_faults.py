@@ -6,6 +6,7 @@ What is mapped and cut may end a process and is tried in `test_guard.py`; here t
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -71,6 +72,15 @@ def talking(path: Path, least: int, mode: str = "slots") -> Iterator[Session]:
         session = Session(model, settings=DRAWN)
         said(session, QUESTIONS[0])
         yield session
+
+
+@pytest.fixture(autouse=True)
+def _readers_of_other_tests_have_ended() -> None:
+    end = time.monotonic() + 60
+    while readers() and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)
+    assert not readers()
 
 
 @pytest.fixture

@@ -120,6 +120,9 @@ f = MappedFile.of(path)
 guard = Guard([(f.address, 4096)])
 assert disposition() != before
 del guard
+end = time.monotonic() + 60
+while disposition() != before and time.monotonic() < end:
+    time.sleep(0.01)
 assert disposition() == before
 """
     assert outcome(script, copied(small)) == (0, [])

@@ -3,12 +3,17 @@ anything."""
 
 from __future__ import annotations
 
+import gc
 import io
+import os
 import signal
 import sys
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count
+from queue import SimpleQueue
 from threading import Event, Thread
 from types import FrameType
 from typing import Any, Self
@@ -19,10 +24,12 @@ from rich.console import Console
 
 from localmoe.experts.readers import Load, Readers
 from localmoe.formats import F32, Weight
-from localmoe.interrupt import Pool, Uninterrupted, start_threads
+from localmoe.interrupt import Pool, Uninterrupted, press_again_what_is_lost, start_threads, when_gone
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.team import KERNELS, Team
+from localmoe.loader.locate import bundled
+from localmoe.model import Model
 from localmoe.prefault import Prefault
 from localmoe.prompt_cache.writer import Writer
 from localmoe.repl.render import Screen
@@ -262,6 +269,136 @@ def test_readers_that_nobody_holds_end() -> None:
     load: Load = Load(deque(), 0, 0, 0)
     readers.ask(load)
     del readers
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+class Held:
+    """Something that can be gone."""
+
+
+def pressed_in_a_collection(make: Callable[[], object]) -> bool:
+    """Ctrl+C while the collector is at work, which then finds what `make` made; whether it was heard."""
+
+    def press(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGVTALRM, press)
+    much = [[i] for i in range(1 << 20)]  # for the collector to be at work long enough
+    gc.collect()
+    garbage = [make()]
+    garbage.append(garbage)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 1e-3)
+        del garbage
+        gc.collect()
+        sum(range(1000))
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        assert much
+    return False
+
+
+def test_python_loses_a_press_in_a_collection_and_what_was_to_be_done_there() -> None:
+    """That this finds what it looks for."""
+    ended: list[int] = []
+
+    def make() -> Held:
+        held = Held()
+        weakref.finalize(held, ended.append, 1)
+        return held
+
+    assert any(not pressed_in_a_collection(make) for _ in range(5))
+    assert len(ended) < 5
+
+
+def test_a_press_that_is_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    press_again_what_is_lost()
+
+    def make() -> Held:
+        held = Held()
+        weakref.finalize(held, list)
+        return held
+
+    def heard_later() -> bool:
+        try:
+            Event().wait(PATIENCE)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    for _ in range(5):
+        assert pressed_in_a_collection(make) or heard_later()
+    assert not dropped
+
+    held = Held()
+    weakref.finalize(held, os.close, -1)
+    del held
+    assert len(dropped) == 1
+
+
+def test_a_press_in_a_collection_is_heard_and_what_has_gone_is_ended() -> None:
+    ended, kept_too = SimpleQueue[int](), weakref.WeakSet[Held]()
+
+    def make() -> Held:
+        held, beside = Held(), Held()
+        kept_too.add(beside)
+        when_gone(held, ended.put, 1, keep=beside)
+        return held
+
+    for _ in range(5):
+        assert pressed_in_a_collection(make)
+        assert ended.get(timeout=PATIENCE) == 1
+    while kept_too:
+        pass
+
+
+def test_what_is_ended_by_hand_is_ended_once() -> None:
+    held, ended = Held(), SimpleQueue[str]()
+    end = when_gone(held, ended.put, "by hand")
+    other = Held()
+    when_gone(other, ended.put, "after it")
+    end()
+    end()
+    del held, other
+    assert [ended.get(timeout=PATIENCE), ended.get(timeout=PATIENCE)] == ["by hand", "after it"]
+    assert ended.empty()
+
+
+def test_an_end_that_fails_is_told_and_the_next_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, ended = SimpleQueue[type](), SimpleQueue[int]()
+    monkeypatch.setattr(threading, "excepthook", lambda hooked: told.put(hooked.exc_type))
+    when_gone(Held(), os.close, -1)
+    assert told.get(timeout=PATIENCE) is OSError
+    when_gone(Held(), ended.put, 1)
+    assert ended.get(timeout=PATIENCE) == 1
+
+
+def test_threads_of_what_is_collected_under_a_press_end() -> None:
+    weight = Weight.whole("w", (4, 4096), F32, np.zeros(4 * 4096 * 4, np.uint8))
+    threads: list[Thread] = []
+
+    def readers() -> object:
+        made = Readers(2)
+        threads.extend(made._threads)
+        return made
+
+    def model() -> object:
+        made = Model(bundled(), threads=3, context=64)
+        before = set(threading.enumerate())
+        made.forward([1, 2, 3], 0)
+        threads.extend(set(threading.enumerate()) - before)
+        return made
+
+    for make in (readers, model, lambda: Prefault([weight])):
+        pressed_in_a_collection(make)  # Python has callbacks of its own on every thread, which may be what hears it
+    assert len(threads) == 2 + 2
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()

@@ -16,6 +16,7 @@ import typer
 from localmoe.cli import conversation, conversion, experts, inspection, measurement, models, verification
 from localmoe.cli.command import app
 from localmoe.errors import LocalMoeError
+from localmoe.interrupt import press_again_what_is_lost
 
 __all__ = [
     "app",
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # absent, or replaced by something that is no text file
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")  # type: ignore[union-attr]
+    press_again_what_is_lost()
     try:
         app(words, prog_name="localmoe")
         sys.stdout.flush()

@@ -7,7 +7,6 @@ The thread that computes asks and looks whether a load is complete. It may be in
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import TypeVar
 from localmoe.errors import DeviceError
 from localmoe.experts.making import Making, Spare
 from localmoe.experts.reading import FileReader
-from localmoe.interrupt import Uninterrupted, start_threads
+from localmoe.interrupt import Uninterrupted, start_threads, when_gone
 
 T = TypeVar("T")
 PATIENCE = 0.5  # seconds between two looks at whether the readers are still there
@@ -82,7 +81,7 @@ class Readers:
         self._desk = _Desk()
         self._threads = [threading.Thread(target=self._desk.work, name="reader", daemon=True) for _ in range(count)]
         with Uninterrupted():
-            weakref.finalize(self, self._desk.dismiss, count)  # the threads know the desk alone
+            when_gone(self, self._desk.dismiss, count)  # the threads know the desk alone
             start_threads(self._threads)
 
     def ask(self, load: Load) -> None:

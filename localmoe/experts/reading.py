@@ -6,10 +6,10 @@ import errno
 import mmap
 import os
 import sys
-import weakref
 from threading import Lock
 
 from localmoe.errors import ReadError
+from localmoe.interrupt import when_gone
 from localmoe.loader.files import Identity, MappedFile
 
 # What O_DIRECT asks of places and sizes, on every disk that takes sectors of 512 or 4096. And a page, as that is what
@@ -39,7 +39,7 @@ class FileReader:
         except OSError as error:
             raise ReadError(f"{file.path}: cannot be opened again for reading ({error.strerror})") from None
         self._descriptor = descriptor
-        self.close = weakref.finalize(self, os.close, descriptor)
+        self.close = when_gone(self, os.close, descriptor)
         if Identity.of(os.fstat(descriptor))[:2] != file.identity[:2]:
             self.close()
             raise file.changed("another file has its name")

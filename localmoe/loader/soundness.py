@@ -14,7 +14,7 @@ class Soundness:
 
     def __init__(self, files: Sequence[MappedFile]) -> None:
         self._files = files
-        self._guard = Guard([(file.address, file.nbytes) for file in files])
+        self._guard = Guard([(file.address, file.nbytes) for file in files], files)
 
     def begin(self) -> None:
         """Before a step. A file that could not be read is tried once more; only where a fault would end the process are

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from localmoe.errors import SettingError
 from localmoe.formats import KV_FORMATS, Bytes, Weight
-from localmoe.interrupt import Pool, Uninterrupted
+from localmoe.interrupt import Pool, Uninterrupted, when_gone
 from localmoe.kernels import shifting
 from localmoe.kernels.angles import rope_angles
 from localmoe.kernels.cache_blocks import decoded, encoded
@@ -117,7 +116,7 @@ class CpuDevice:
         if self.team is None:
             with Uninterrupted():
                 self.team = Team(self.threads, *map(self.kernels.address, KERNELS), cpus=self.cpus)
-                self._dismiss = weakref.finalize(self, self.team.close)  # a worker may still be inside the machine code
+                self._dismiss = when_gone(self, self.team.close, keep=self.kernels)  # workers may be inside their code
         self.team.run(tape.ctypes.data, len(tape))
 
     def cache(self, layer: CacheLayer) -> tuple[Bytes, Bytes | None]:
