@@ -3,7 +3,8 @@
 KeyboardInterrupt comes between any two steps of Python's own code, that of `threading`, `queue` and
 `concurrent.futures` included: an event, a queue, a future or a thread being started that is left there keeps its lock
 for ever, and whoever needs it next waits for ever. A bare Lock and a SimpleQueue are one step of C each. And one that
-comes while garbage is collected is heard in the first Python that the collector calls, which ends there, and is lost.
+comes while garbage is collected is heard in the first Python that the collector calls: that ends there, and Python
+drops the press.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-BRIEFLY = (
-    0.05  # seconds: between two moments at which one who waits for a result hears Ctrl+C, and until it comes again
-)
+BRIEFLY = 0.05  # seconds: between two moments at which one who waits hears Ctrl+C; until a lost one is pressed again
 
 
 class Uninterrupted:
