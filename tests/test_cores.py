@@ -117,27 +117,36 @@ def test_quick_processors_are_the_first_of_each_quick_core(tmp_path: Path, monke
 # macOS and Windows
 
 
-def told(**numbers: int) -> Any:
-    """A system that knows these names, with _ for the point."""
-    return lambda name: numbers.get(name.removeprefix("hw.").replace(".", "_"), 0)
+def told(*levels: tuple[int, str], **numbers: int) -> Any:
+    """A system that knows these numbers, and of each level of performance how many cores and its name."""
+    known = {f"hw.{name}": number.to_bytes(4, "little") for name, number in numbers.items()}
+    for level, (count, name) in enumerate(levels):
+        known[f"hw.perflevel{level}.physicalcpu"] = count.to_bytes(4, "little")
+        known |= {f"hw.perflevel{level}.name": name.encode() + b"\0"} if name else {}
+    return lambda name: known.get(name, b"")
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("system", "expected"),
     [
-        ({"physicalcpu": 8, "logicalcpu": 8, "perflevel0_physicalcpu": 4}, Cores(4, 4, 8)),  # M1
-        ({"physicalcpu": 4, "logicalcpu": 8}, Cores(4, 0, 8)),  # Intel: no levels
-        ({"physicalcpu": 4, "logicalcpu": 4, "perflevel0_physicalcpu": 4}, Cores(4, 0, 4)),
-        ({"physicalcpu": 4}, Cores(4, 0, 4)),
-        ({"physicalcpu": 8, "logicalcpu": 8, "perflevel0_physicalcpu": 9}, Cores(8, 0, 8)),
-        ({}, None),
+        (told((4, "Performance"), (4, "Efficiency"), physicalcpu=8, logicalcpu=8), Cores(4, 4, 8)),  # M1
+        (told((4, "Super"), (6, "Efficiency"), physicalcpu=10, logicalcpu=10), Cores(4, 6, 10)),  # M5
+        (told((6, "Super"), (12, "Performance"), physicalcpu=18, logicalcpu=18), Cores(18, 0, 18)),  # M5 Max
+        (told((4, ""), (4, ""), physicalcpu=8, logicalcpu=8), Cores(4, 4, 8)),
+        (told(physicalcpu=4, logicalcpu=8), Cores(4, 0, 8)),  # Intel: no levels
+        (told((4, "Performance"), physicalcpu=4, logicalcpu=4), Cores(4, 0, 4)),
+        (told(physicalcpu=4), Cores(4, 0, 4)),
+        (told((9, ""), (9, ""), physicalcpu=8, logicalcpu=8), Cores(8, 0, 8)),
+        (told(), None),
     ],
 )
-def test_on_macos_the_cores_of_level_0_are_quick(names: dict[str, int], expected: Cores | None) -> None:
-    assert macos_cores(told(**names)) == expected
+def test_on_macos_the_cores_of_levels_that_are_not_for_efficiency_are_quick(
+    system: Any, expected: Cores | None
+) -> None:
+    assert macos_cores(system) == expected
 
 
-def test_sysctl_asks_for_a_whole_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sysctl_gives_what_is_under_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its prototype (sys/sysctl.h): int sysctlbyname(const char *, void *, size_t *, void *, size_t)."""
     asked = []
 
@@ -151,13 +160,13 @@ def test_sysctl_asks_for_a_whole_number(monkeypatch: pytest.MonkeyPatch) -> None
         return 0
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: type("Library", (), {"sysctlbyname": answer}))
-    assert (sysctl("hw.physicalcpu"), sysctl("hw.perflevel0.physicalcpu")) == (10, 0)
-    assert asked[0] == (b"hw.physicalcpu", 8, None, 0)
+    assert (sysctl("hw.physicalcpu"), sysctl("hw.perflevel0.physicalcpu")) == (b"\n\0\0\0", b"")
+    assert asked[0] == (b"hw.physicalcpu", 64, None, 0)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="which has the call")
 def test_a_system_without_the_call_of_macos_tells_nothing() -> None:
-    assert sysctl("hw.physicalcpu") == 0
+    assert sysctl("hw.physicalcpu") == b""
     assert macos_cores() is None
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+LEVELS = 4  # of performance on macOS, at most: Apple's processors have two
 # SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX of a 64-bit process: Relationship and Size (4 bytes each), then
 # PROCESSOR_RELATIONSHIP: Flags, EfficiencyClass (1 byte each), 20 reserved, GroupCount (2 bytes), and so many
 # GROUP_AFFINITY: Mask (8 bytes), Group (2), 6 reserved. Microsoft, winnt.h.
@@ -35,29 +36,39 @@ class WindowsCore(NamedTuple):
     processors: tuple[tuple[int, int], ...]
 
 
-def macos_cores(tell: Callable[[str], int] | None = None) -> Cores | None:
-    """Those of performance level 0 are the quick ones; Intel's have no levels. None where the system does not tell.
-    `tell` gives the number of that name, 0 where there is none."""
+def macos_cores(tell: Callable[[str], bytes] | None = None) -> Cores | None:
+    """Cores of every performance level are quick but those of the one named Efficiency: an M4's two levels are
+    Performance and Efficiency, an M5 Max's Super and Performance. Where levels have no names, those of level 0, the
+    highest. Intel's have no levels. None where the system does not tell.
+
+    `tell` gives the bytes under a name, none where there is none.
+    """
     tell = tell or sysctl
-    physical, logical = tell("hw.physicalcpu"), tell("hw.logicalcpu")
+
+    def number(name: str) -> int:
+        return int.from_bytes(tell(name), "little", signed=True)  # 4 or 8; both of Apple's processors are little-endian
+
+    physical, logical, slow = number("hw.physicalcpu"), number("hw.logicalcpu"), 0
     if physical <= 0:
         return None
-    quick = tell("hw.perflevel0.physicalcpu")
-    quick = quick if 0 < quick <= physical else physical
+    for level in range(LEVELS):
+        name = tell(f"hw.perflevel{level}.name").rstrip(b"\0")
+        if name == b"Efficiency" or (not name and level > 0):
+            slow += number(f"hw.perflevel{level}.physicalcpu")
+    quick = physical - slow if 0 < slow < physical else physical
     return Cores(quick, physical - quick, max(logical, physical))
 
 
-def sysctl(name: str) -> int:
-    """The whole number that macOS has under that name; 0 where it has none."""
+def sysctl(name: str) -> bytes:
+    """What macOS has under that name, a number or the first bytes of a text; nothing where it has none."""
     try:
         call = ctypes.CDLL(None).sysctlbyname
     except (OSError, AttributeError, TypeError):
-        return 0
-    # It writes 4 bytes of it or 8; both of Apple's processors are little-endian.
-    value, nbytes = ctypes.c_int64(0), ctypes.c_size_t(8)
+        return b""
+    value, nbytes = ctypes.create_string_buffer(64), ctypes.c_size_t(64)
     call.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    failed = call(name.encode(), ctypes.byref(value), ctypes.byref(nbytes), None, 0)
-    return 0 if failed else value.value
+    failed = call(name.encode(), value, ctypes.byref(nbytes), None, 0)
+    return b"" if failed else value.raw[: nbytes.value]
 
 
 def windows_cores() -> Cores | None:
