@@ -76,13 +76,18 @@ def test_an_object_from_elsewhere_is_that_which_is_made_here(started: list[compi
     assert found == {name: build.emitted(name, host) for name in SMALL[:2]}
 
 
-@pytest.mark.parametrize("serve", ["", "print('no object')", "import os; os.kill(os.getpid(), 9)", None])
+HANGS = "import time; time.sleep(600)"
+
+
+@pytest.mark.parametrize("serve", ["", "print('no object')", "import os; os.kill(os.getpid(), 9)", HANGS, None])
 def test_what_no_process_compiles_is_compiled_here(
     serve: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[compilers.Process]
 ) -> None:
     def refused() -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
+    if serve == HANGS:
+        monkeypatch.setattr(compilers, "PATIENCE", 0.5)
     if serve is None:
         monkeypatch.setattr(compilers, "_start", refused)
     else:

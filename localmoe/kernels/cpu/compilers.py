@@ -16,6 +16,7 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
+from time import monotonic
 from typing import NamedTuple
 
 from localmoe.interrupt import BRIEFLY, Uninterrupted, start_threads
@@ -25,6 +26,7 @@ from localmoe.memory import available_nbytes
 
 PROCESS_NBYTES = 400 << 20  # of one that compiles: 200 to 300 MB
 MOST = 8  # a model has about 40 kernels, and each process takes a second until it begins
+PATIENCE = 120.0  # seconds; on a busy machine, the first kernel takes ten
 SERVE = """
 import pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
@@ -50,8 +52,8 @@ def processes_for(kernels: int) -> int:
 
 
 def compiled(wanted: Sequence[Wanted], processes: int) -> Generator[tuple[str, bytes]]:
-    """The name and the object of each kernel, as they come, without those that a process could not compile. Left early,
-    it ends the processes."""
+    """The name and the object of each kernel, as they come, without those that a process could not compile, and those
+    that were still to come when PATIENCE had passed without any. Left early, it ends the processes."""
     waiting, found = deque(wanted), SimpleQueue[tuple[str, bytes] | None]()
     started: list[Process] = []
     threads: list[Thread] = []
@@ -62,13 +64,14 @@ def compiled(wanted: Sequence[Wanted], processes: int) -> Generator[tuple[str, b
                     started.append(_start())
             threads += [Thread(target=_feed, args=(process, waiting, found), daemon=True) for process in started]
             start_threads(threads)
-        working = len(threads)
-        while working:
+        working, last = len(threads), monotonic()
+        while working and monotonic() - last < PATIENCE:
             with suppress(Empty):  # Ctrl+C is heard in between, whichever thread the system gives it to
                 if (answer := found.get(timeout=BRIEFLY)) is None:
                     working -= 1
                 else:
                     yield answer
+                    last = monotonic()
     finally:
         with Uninterrupted():
             for process in started:
