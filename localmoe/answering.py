@@ -73,14 +73,15 @@ class Answering:
         self._channels = Channels() if self.markers and self.markers[0] == Channels.OPENING else None
 
     def run(self, prompt: Prompt, progress: Progress | None = None) -> Iterator[Said]:
-        """The answer as it grows; its last part has a `finish`."""
+        """The answer as it grows; its last part has a `finish`. `progress(done, total)` counts prompt tokens that are
+        read before it, and anew in the midst of it where it goes on from others."""
         opened = self.markers is not None and prompt.text.rstrip().endswith(self.markers[0])
         splitter, texts = ReasoningSplitter(self.markers, opened), StopTexts(self.stop_texts)
         tokens, reasoned, roomless = prompt.tokens, 0, False
-        before = Stats()
+        before, reading = Stats(), progress
         while True:
             again: list[int] | None = None
-            with closing(self._generate([*tokens, *self._answer], before, progress)) as steps:
+            with closing(self._generate([*tokens, *self._answer], before, reading)) as steps:
                 for step in steps:
                     inside = splitter.reasoning
                     said = self._said(step, splitter, texts)
@@ -92,14 +93,14 @@ class Answering:
                         continue
                     if splitter.reasoning and 0 < self.budget <= reasoned:
                         yield self._closed(splitter)
-                        again = tokens
+                        again, reading = tokens, None
                     elif not roomless and len(tokens) + len(self._answer) >= self.engine.model.context - SPARE:
-                        again = self.more_room(self._answer)
+                        again, reading = self.more_room(self._answer), progress
                         roomless = again is None
                     if again is not None:
                         break
             assert again is not None, "an answer without an end"
-            tokens, before, progress = again, self.engine.stats, None
+            tokens, before = again, self.engine.stats
 
     def _generate(self, tokens: list[int], before: Stats, progress: Progress | None) -> Generator[Step]:
         """Steps of one stretch; the engine's figures go on from those of the stretch before."""

@@ -275,7 +275,7 @@ class Session:
             known = self._spelling[message.id] = len(message.tokens), found
         return known[1]
 
-    def _answering(self) -> Answering:
+    def _answering(self, progress: Progress | None = None) -> Answering:
         return Answering(
             self.engine,
             self.model.tokenizer,
@@ -284,7 +284,7 @@ class Session:
             self.endings.tokens,
             self.endings.texts,
             budget=self.thinking.budget,
-            more_room=self._room_behind,
+            more_room=partial(self._room_behind, progress),
         )
 
     def _answer(self, progress: Progress | None) -> Iterator[Piece]:
@@ -292,7 +292,7 @@ class Session:
         prompt = self._with_room(self.conversation.seen())
         conversation, begun = self.conversation, False
         try:
-            for said in self._answering().run(prompt, progress):
+            for said in self._answering(progress).run(prompt, progress):
                 if not begun and (said.text or said.finish == "stop"):
                     conversation.begin(self.model.name)
                     begun = True
@@ -351,10 +351,12 @@ class Session:
             self._shift(prompt.tokens, fewer.tokens)
         return fewer
 
-    def _room_behind(self, answer: Sequence[int]) -> list[int] | None:
+    def _room_behind(self, progress: Progress | None, answer: Sequence[int]) -> list[int] | None:
         """Prompt tokens for the rest of an answer that has filled the context; None where it has to end."""
         if self.overflow == "stop":
             return None
+        if progress:
+            progress(0, 0)  # a shift may take seconds, and how much is to be read is known after it
         seen = self.conversation.seen()
         if seen and seen[-1].role == "assistant":
             seen = seen[:-1]

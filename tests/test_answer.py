@@ -98,6 +98,31 @@ def test_reasoning_is_one_line_while_it_comes_and_one_afterwards() -> None:
     assert terminal.lines == ["thought for 3.0 s (3 tokens; /think show)", "", "Yes."]
 
 
+def test_news_stand_in_the_line_below_until_more_is_written() -> None:
+    for how in ({}, {"below": lambda columns: STATUS}):
+        terminal = Terminal(40, 8)
+        answer = Answer(on(terminal), markdown=False, **how)
+        answer.write("answer", "Once upon")
+        answer.tell("making room, 0 of 30 tokens" + "!" * 40)
+        assert terminal.lines == ["Once upon", "making room, 0 of 30 tokens!!!!!!!!!"]
+        answer.tell("making room, 16 of 30 tokens")
+        assert terminal.lines == ["Once upon", "making room, 16 of 30 tokens"]
+        answer.write("answer", " a time")
+        assert terminal.lines == ["Once upon a time", *([STATUS] if how else [])]
+        answer.tell("")
+        answer.end()
+        assert terminal.lines == ["Once upon a time"]
+
+
+def test_news_of_a_pipe_are_not_written() -> None:
+    on_pipe = piped()
+    answer = on_pipe.answer()
+    answer.write("answer", "Once")
+    answer.tell("making room")
+    answer.end()
+    assert on_pipe.console.file.getvalue() == "Once\n"  # type: ignore[attr-defined]
+
+
 def test_of_a_long_reasoning_the_last_words_are_told_as_far_as_the_window_goes() -> None:
     terminal = Terminal(40, 8)
     answer = Answer(on(terminal), tokens=lambda: 1234)

@@ -191,6 +191,42 @@ def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turns(polic
     assert "".join(m.content for m in session.conversation.path()[-1:]) == answer
 
 
+def told_to(session: Session, text: str) -> list[tuple[int, int]]:
+    """What is told of reading in the midst of an answer."""
+    told: list[tuple[int, int]] = []
+    pieces = session.send(text, lambda done, total: told.append((done, total)))
+    next(pieces)
+    told.clear()
+    for _ in pieces:
+        pass
+    return told
+
+
+def test_it_is_told_that_room_is_made_in_the_midst_of_an_answer_and_what_is_read_for_it() -> None:
+    session = filled("drop")
+    for n in range(2):
+        say(session, f"question {n}")
+    session.set("max_tokens", 120)
+    told = told_to(session, "and now?")
+    read = len(session.model.cached) - session.model.cached.index(ord("?"))
+    assert told[0] == (0, 0)
+    assert told[1][1] > read // 2
+    assert told[1:] == [(done, told[1][1]) for done in (*range(0, told[1][1], session.model.chunk), told[1][1])]
+
+
+def test_nothing_is_told_where_the_answer_ends_with_the_context_or_its_reasoning_is_ended() -> None:
+    session = filled("stop", context=60)
+    session.set("max_tokens", 0)
+    assert told_to(session, "q") == []
+    assert session.finish == "context"
+    model = Closed()
+    model.reasoning = THINK
+    session = Session(model)
+    session.think("budget 20")
+    assert told_to(session, "q") == []
+    assert session.finish == "stop"
+
+
 def test_an_answer_longer_than_any_room_ends_with_the_context() -> None:
     session = filled("drop", context=100)
     session.set("max_tokens", 0)

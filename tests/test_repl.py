@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import re
 import select
 import signal
 import stat
@@ -181,6 +182,16 @@ def test_a_full_context_is_told_with_the_way_out() -> None:
         "Hi there.",
         "",
     ]
+
+
+def test_while_room_is_made_in_the_midst_of_an_answer_that_is_told_below_it() -> None:
+    model, on = FakeModel({"one": "x" * 60, "two": "y" * 150}, context=200), screen(terminal=True)
+    chat("/ctx drop", "one", "two", model=model, on=on)
+    told = on.console.file.getvalue()
+    assert told.count("y") >= 120
+    first, *later = re.findall(r"making room in the context(?:, (\d+) of (\d+) tokens)?", told)
+    assert first == ("", "")
+    assert [int(done) for done, _ in later] == list(range(0, int(later[0][1]), model.chunk))
 
 
 def test_system_shows_sets_and_removes() -> None:

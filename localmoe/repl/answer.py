@@ -130,6 +130,7 @@ class Answer:
         self._began: float | None = None
         self._ended = False
         self._drawn = False
+        self._news = ""
         self.thought = Thought()
         self.answered = False
 
@@ -139,6 +140,7 @@ class Answer:
         return not self.answered and not self.thought
 
     def write(self, kind: str, text: str) -> None:
+        self._news = ""
         if kind == "reasoning":
             self._think(text)
         if kind != self._kind:
@@ -149,6 +151,11 @@ class Answer:
         self.answered = self.answered or kind == "answer"
         assert self._writer is not None, "an answer without a writer"
         self._out(self._writer.write(text) if kind == "answer" or not self._folds else [])
+
+    def tell(self, text: str) -> None:
+        """Have this in the line below until more is written."""
+        self._news = text
+        self._out([])
 
     def end(self) -> None:
         """Close the line that the answer stands on; may be called twice."""
@@ -191,6 +198,8 @@ class Answer:
 
     def _told(self, columns: int) -> str:
         """The line below."""
+        if self._news:
+            return self._news[: max(columns, 0)]
         if self._kind != "reasoning" or not self._folds:
             below = self._below(columns) if self._below else ""
             return below or (self._writer.waiting(columns) if self._writer else "")

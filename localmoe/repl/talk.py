@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from localmoe.discovery.catalogue import Catalogue
 
 READING = "reading the prompt"
+MAKING_ROOM = "making room in the context"
 REREADING = "reading the conversation"
 END_OF_BLOCK = "/end"
 ROOM_MADE_BY = (
@@ -118,8 +119,16 @@ class Talk:
         before = self.session.conversation.head
         drawn = self.screen.answer(below=self._status, tokens=lambda: self.session.engine.stats.generated_tokens)
         bar = self.screen.progress(READING, reads(self.session.model.counts))
+        reading = bar.tokens(READING)
+
+        def progress(done: int, total: int) -> None:
+            if not bar.closed:
+                reading(done, total)
+            elif done < total or not total:
+                drawn.tell(f"{MAKING_ROOM}, {done} of {total} tokens" if total else MAKING_ROOM)
+
         with silent_keyboard(), Interrupt.watched() as interrupt, bar:
-            pieces = cast("Generator[Piece]", generate(bar.tokens(READING)))
+            pieces = cast("Generator[Piece]", generate(progress))
             try:
                 for piece in pieces:
                     bar.close()
