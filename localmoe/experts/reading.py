@@ -8,7 +8,7 @@ import os
 import sys
 from threading import Lock
 
-from localmoe.errors import ReadError
+from localmoe.errors import FileFormatError, ReadError
 from localmoe.interrupt import when_gone
 from localmoe.loader.files import Identity, MappedFile
 
@@ -40,10 +40,13 @@ class FileReader:
             raise ReadError(f"{file.path}: cannot be opened again for reading ({error.strerror})") from None
         self._descriptor = descriptor
         self.close = when_gone(self, os.close, descriptor)
-        if Identity.of(os.fstat(descriptor))[:2] != file.identity[:2]:
+        try:
+            if Identity.of(os.fstat(descriptor))[:2] != file.identity[:2]:
+                raise file.changed("another file has its name")
+            file.check()
+        except FileFormatError:
             self.close()
-            raise file.changed("another file has its name")
-        file.check()
+            raise
         if not self.direct:
             self.direct = direct and _uncached(descriptor)
             _random(descriptor)
