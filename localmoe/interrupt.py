@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from _thread import interrupt_main, start_new_thread
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread, current_thread, main_thread
 from types import FrameType
@@ -117,26 +118,32 @@ def when_gone(owner: object, end: Callable[..., object], *args: object, keep: ob
         return called
 
 
-def press_again_what_is_lost() -> None:
-    """From now on a Ctrl+C that was heard where Python drops it, in a callback of a collection, is pressed once more a
-    moment later, and not printed."""
+@contextmanager
+def pressed_again() -> Iterator[None]:
+    """A `with` block in which a Ctrl+C that was heard where Python drops it, in a callback of a collection, is pressed
+    once more a moment later, and not printed."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type is KeyboardInterrupt:
-            start_new_thread(_press_later, ())  # a Thread of `threading` would take locks, in the midst of anything
+            start_new_thread(press, ())  # a Thread of `threading` would take locks, in the midst of anything
         else:
             before(dropped)
 
+    def press() -> None:
+        time.sleep(BRIEFLY)
+        if sys.unraisablehook is not hook:  # it is too late
+            return
+        if hasattr(signal, "pthread_kill"):  # which ends a call of the system that waits, too
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        else:
+            interrupt_main()
+
     sys.unraisablehook = hook
-
-
-def _press_later() -> None:
-    time.sleep(BRIEFLY)
-    if hasattr(signal, "pthread_kill"):  # which ends a call of the system that waits, too
-        signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
-    else:
-        interrupt_main()
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class Pool:

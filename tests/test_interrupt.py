@@ -24,7 +24,7 @@ from rich.console import Console
 
 from localmoe.experts.readers import Load, Readers
 from localmoe.formats import F32, Weight
-from localmoe.interrupt import Pool, Uninterrupted, press_again_what_is_lost, start_threads, when_gone
+from localmoe.interrupt import Pool, Uninterrupted, pressed_again, start_threads, when_gone
 from localmoe.kernels.cpu.build import Kernels
 from localmoe.kernels.cpu.isa import host_isa
 from localmoe.kernels.cpu.team import KERNELS, Team
@@ -319,7 +319,6 @@ def test_python_loses_a_press_in_a_collection_and_what_was_to_be_done_there() ->
 def test_a_press_that_is_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     dropped: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-    press_again_what_is_lost()
 
     def make() -> Held:
         held = Held()
@@ -332,14 +331,15 @@ def test_a_press_that_is_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> No
         except KeyboardInterrupt:  # later
             return True
 
-    for _ in range(5):
-        assert heard()
-    assert not dropped
-
-    held = Held()
-    weakref.finalize(held, os.close, -1)
-    del held
+    with pressed_again():
+        for _ in range(5):
+            assert heard()
+        assert not dropped
+        held = Held()
+        weakref.finalize(held, os.close, -1)
+        del held
     assert len(dropped) == 1
+    assert sys.unraisablehook == dropped.append
 
 
 def test_a_press_in_a_collection_is_heard_and_what_has_gone_is_ended() -> None:

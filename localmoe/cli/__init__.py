@@ -16,7 +16,7 @@ import typer
 from localmoe.cli import conversation, conversion, experts, inspection, measurement, models, verification
 from localmoe.cli.command import app
 from localmoe.errors import LocalMoeError
-from localmoe.interrupt import press_again_what_is_lost
+from localmoe.interrupt import pressed_again
 
 __all__ = [
     "app",
@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # absent, or replaced by something that is no text file
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")  # type: ignore[union-attr]
-    press_again_what_is_lost()
     try:
-        app(words, prog_name="localmoe")
+        with pressed_again():
+            app(words, prog_name="localmoe")
         sys.stdout.flush()
     except LocalMoeError as error:
         give_up(str(error))
