@@ -157,6 +157,18 @@ def test_many_tokens_give_the_exact_products_at_odd_sizes(name: str, which: str)
 
 
 @pytest.mark.parametrize("which", ISAS)
+def test_long_strips_give_the_bits_of_short_ones(which: str) -> None:
+    """Strips are longer where panels take more than 10 MiB: 320 tokens and 8,448 columns, and not those of few."""
+    rng = np.random.default_rng(10)
+    rows, x = random_rows("F16", 211, 8448, rng), rng.standard_normal((320, 8448), np.float32)
+    whole = products(which, "F16", rows, x, (24,))
+    expected = x[:9] @ dequantised("F16", rows).astype(np.float64).T
+    assert np.abs(whole[:9] - expected).max() <= 1e-5 * np.abs(expected).max()
+    for first, last in ((0, 9), (150, 191), (300, 320)):
+        assert (products(which, "F16", rows, x[first:last]) == whole[first:last]).all()
+
+
+@pytest.mark.parametrize("which", ISAS)
 def test_a_tokens_result_depends_on_no_other_token_and_on_no_split(which: str) -> None:
     rng = np.random.default_rng(9)
     rows, x = random_rows("Q8_0", 61, 1408, rng), rng.standard_normal((300, 1408), np.float32)

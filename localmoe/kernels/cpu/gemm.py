@@ -14,12 +14,15 @@ import numpy as np
 from localmoe.kernels.cpu.build import kernel
 from localmoe.kernels.cpu.isa import Isa
 
-CHUNK = 512  # columns: a strip (50 KB) and a panel's chunk (64 KB) stay in the second-level cache
 _TILE_ROWS = {"avx512": 8, "avx2": 6, "portable": 2}
 STRIP_ROWS = 24  # a multiple of every tile's rows; threads should share rows by whole strips
+# Rows and columns of a strip: 50 KB of float32, which stay in the second-level cache with a panel's columns. Each strip
+# reads all panels once more; where they are MUCH, and come from far away, strips are longer (210 KB).
+_STRIP, _LONG_STRIP = (STRIP_ROWS, 512), (192, 256)
+_MUCH = 10 << 20  # bytes
 ARGUMENTS = 11
 _TOKENS = 512  # sums of a strip over so many tokens stay in the second-level cache until all columns are in
-_ROW_STRIDE = CHUNK * 4 + 64  # off a multiple of 4096, so that the rows of a tile fall into different cache sets
+_SKEW = 64  # bytes more from row to row than a multiple of 1024, so that a tile's rows fall into different cache sets
 
 
 def panel_tokens(isa: Isa) -> int:
@@ -35,7 +38,8 @@ def panels_nbytes(isa: Isa, tokens: int, columns: int) -> int:
 def scratch_nbytes(tokens: int, isa: Isa) -> int:
     """Bytes of scratch that each thread in `gemm` needs for itself."""
     width = panel_tokens(isa)
-    return STRIP_ROWS * (_ROW_STRIDE + 4 * min(_TOKENS, (tokens + width - 1) // width * width))
+    sums = 4 * min(_TOKENS, (tokens + width - 1) // width * width)
+    return max(rows * (4 * columns + _SKEW + sums) for rows, columns in (_STRIP, _LONG_STRIP))
 
 
 @kernel("pack_panel", arguments=5)
@@ -96,11 +100,11 @@ def gemm(v: Any) -> Callable[..., None]:
     out[t, r] float32 for all tokens and row_start <= r < row_stop; out is the address of row 0 of token 0, out_stride
     the bytes from one token to the next; scratch belongs to the calling thread (`scratch_nbytes`).
     """
-    tile_rows, strip_rows, width, half = _TILE_ROWS[v.isa.name], STRIP_ROWS, 2 * v.lanes, v.lanes
-    sums_stride, panel_sums = width * 4, strip_rows * width * 4
+    tile_rows, width, half = _TILE_ROWS[v.isa.name], 2 * v.lanes, v.lanes
+    sums_stride, (few_rows, many_columns), (many_rows, few_columns) = width * 4, _STRIP, _LONG_STRIP
     wide, narrow = v.tile(tile_rows, 2, v.lanes, sums_stride), v.tile(tile_rows, 1, v.lanes, sums_stride)
     few, put = v.tile(tile_rows, 1, v.lanes // 2, sums_stride), _put(v, sums_stride)
-    chunk, row_stride, most_tokens = CHUNK, _ROW_STRIDE, _TOKENS
+    most_tokens, much, skew = _TOKENS, _MUCH, _SKEW
 
     def multiply(arguments):
         dequantise, weights = v.load(v.int64, arguments), v.load(v.int64, arguments + 8)
@@ -109,6 +113,10 @@ def gemm(v: Any) -> Callable[..., None]:
         tokens, columns = v.load(v.int64, arguments + 48), v.load(v.int64, arguments + 56)
         row_start, row_stop = v.load(v.int64, arguments + 64), v.load(v.int64, arguments + 72)
         scratch = v.load(v.int64, arguments + 80)
+        is_much = min(tokens, most_tokens) * columns * 4 > much
+        strip_rows = many_rows if is_much else few_rows
+        chunk = few_columns if is_much else many_columns
+        row_stride, panel_sums = chunk * 4 + skew, strip_rows * width * 4
         sums = scratch + strip_rows * row_stride
         for first in range(row_start, row_stop, strip_rows):
             rows = min(strip_rows, row_stop - first)
