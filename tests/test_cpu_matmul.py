@@ -127,7 +127,7 @@ def products(which: str, name: str, rows: Bytes, x: Floats, cuts: tuple[int, ...
     width = gemm.panel_tokens(chosen)
     panels = poisoned(-(-tokens // width), gemm.panels_nbytes(chosen, 1, columns) // 4)
     function(which, "pack_panel", 5)(x.ctypes.data, x.strides[0], tokens, columns, panels.ctypes.data)
-    out, scratch = poisoned(tokens + 1, len(rows)), poisoned(gemm.scratch_nbytes(tokens, chosen) // 4 + 1)
+    out, scratch = poisoned(tokens + 1, len(rows)), poisoned(gemm.scratch_nbytes(tokens, columns, chosen) // 4 + 1)
     bounds = (0, *cuts, len(rows))
     dequantise = kernels(which).address(matmul.dequantise_kernel(FORMATS[name]))
     for start, stop in pairwise(bounds):

@@ -288,7 +288,8 @@ def _lower_chunk(lowering: Lowering, op: Op) -> None:
     counters = [lowering.temporary(8 * COUNTERS)]
     counters += [At(counters[0].offset + 8 * i) for i in range(1, COUNTERS)]
     cleared = counters[0]
-    scratch_nbytes = max(products.scratch_nbytes(p.form, isa, x.shape[0]) for p in how.values())
+    columns = max(x.shape[1], width)
+    scratch_nbytes = max(products.scratch_nbytes(p.form, isa, x.shape[0], columns) for p in how.values())
     scratch = lowering.temporary(scratch_nbytes * lowering.threads)
 
     def pack(source: Tensor, weights: Sequence[Weight], listed: int) -> dict[str, tuple[At, int, int]]:

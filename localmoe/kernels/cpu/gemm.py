@@ -35,11 +35,12 @@ def panels_nbytes(isa: Isa, tokens: int, columns: int) -> int:
     return (tokens + width - 1) // width * width * columns * 4
 
 
-def scratch_nbytes(tokens: int, isa: Isa) -> int:
-    """Bytes of scratch that each thread in `gemm` needs for itself."""
+def scratch_nbytes(tokens: int, columns: int, isa: Isa) -> int:
+    """Bytes of scratch that each thread in `gemm` needs for itself with so many tokens, or fewer."""
     width = panel_tokens(isa)
     sums = 4 * min(_TOKENS, (tokens + width - 1) // width * width)
-    return max(rows * (4 * columns + _SKEW + sums) for rows, columns in (_STRIP, _LONG_STRIP))
+    strips = (_STRIP, _LONG_STRIP) if min(tokens, _TOKENS) * columns * 4 > _MUCH else (_STRIP,)
+    return max(rows * (4 * chunk + _SKEW + sums) for rows, chunk in strips)
 
 
 @kernel("pack_panel", arguments=5)

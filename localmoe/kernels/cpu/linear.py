@@ -264,7 +264,7 @@ def lower_linear(lowering: Lowering, op: Op) -> None:
     for (weight, out, bias), how in zip(pairs, chosen, strict=True):
         arguments += [Function(how.gemm), Function(how.unpack), lowering.address(weight), weight.row_nbytes]
         arguments += [panels[how.form], lowering.at(out), weight.rows, how.strip, bias]
-    nbytes = max(products.scratch_nbytes(form, lowering.isa, x.shape[0]) for form in panels)
+    nbytes = max(products.scratch_nbytes(form, lowering.isa, *x.shape) for form in panels)
     scratch = lowering.temporary(nbytes * lowering.threads)
     lowering.emit("gemm_weights", x, len(pairs), x.shape[1], scratch, nbytes, *arguments)
 
@@ -281,7 +281,7 @@ def lower_head_linear(lowering: Lowering, op: Op) -> None:
         return
     if x.shape[0] > 1:
         panels_nbytes = gemm.panels_nbytes(lowering.isa, x.shape[0], x.shape[2])
-        scratch_nbytes = gemm.scratch_nbytes(x.shape[0], lowering.isa)
+        scratch_nbytes = gemm.scratch_nbytes(x.shape[0], x.shape[2], lowering.isa)
         matrices = (Function("gemm"), Function(dequantise_kernel(weight.format)), table, weight.row_nbytes)
         flow = (lowering.at(x), 4 * x.strides[0], 4 * x.strides[1], weight.columns, lowering.at(out), weight.rows)
         panels = (lowering.temporary(panels_nbytes * lowering.threads), panels_nbytes)

@@ -50,6 +50,6 @@ def panel_nbytes(form: str, isa: Isa, columns: int) -> int:
     return gemm.panels_nbytes(isa, 1, columns) if form == "f32" else gemm_integer.panel_nbytes(form, columns)
 
 
-def scratch_nbytes(form: str, isa: Isa, tokens: int) -> int:
-    """Bytes of scratch that each thread needs for itself in a product with so many rows."""
-    return gemm.scratch_nbytes(tokens, isa) if form == "f32" else gemm_integer.scratch_nbytes(tokens, isa)
+def scratch_nbytes(form: str, isa: Isa, tokens: int, columns: int) -> int:
+    """Bytes of scratch that each thread needs for itself in a product with so many rows, or fewer."""
+    return gemm.scratch_nbytes(tokens, columns, isa) if form == "f32" else gemm_integer.scratch_nbytes(tokens, isa)
