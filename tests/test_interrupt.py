@@ -293,7 +293,7 @@ def pressed_in_a_collection(make: Callable[[], object]) -> bool:
     garbage.append(garbage)
     try:
         try:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 1e-3)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.02)  # of some 90 ms
             del garbage
             gc.collect()
         finally:
